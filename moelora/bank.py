@@ -1,0 +1,278 @@
+"""All experts of one site, stacked. Begin with ExpertBank; an expert that enters or leaves it is an Expert.
+
+Frozen experts are buffers in the base model's dtype, trainable ones are parameters. In memory the frozen rows stand
+first and the trainable ones behind them; ids are independent of that, so freezing an expert moves its rows and keeps
+its id.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moelora.kernels.factors import Factors, index_rows
+
+
+class Expert(NamedTuple):
+    """What one adapter contributes at one site: `scale * (x @ A_RD.T) @ B_RO`, plus `scale * bias_O`.
+
+    An expert without rows (R = 0) stands for an adapter that has no LoRA at this site.
+    """
+
+    A_RD: Float[Tensor, "R D"]
+    B_RO: Float[Tensor, "R O"]
+    scale: float = 1.0
+    bias_O: Float[Tensor, " O"] | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-one units."""
+        return self.A_RD.shape[0]
+
+    def delta_OD(self) -> Float[Tensor, "O D"]:
+        """The weight change that this expert stands for, in fp64: for tests and reports, never for work."""
+        return self.scale * einsum(self.B_RO.double(), self.A_RD.double(), "r o, r d -> o d")
+
+
+def absent_expert(in_features: int, out_features: int) -> Expert:
+    """The expert of an adapter that has no LoRA at a site."""
+    return Expert(torch.zeros(0, in_features), torch.zeros(0, out_features))
+
+
+def fresh_expert(
+    in_features: int, out_features: int, rank: int, *, scale: float, generator: torch.Generator | None = None
+) -> Expert:
+    """A new expert that changes nothing until it is trained: A uniform as `nn.Linear` and PEFT start it, B zero."""
+    bound = 1 / math.sqrt(in_features)
+    A_RD = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+    return Expert(A_RD, torch.zeros(rank, out_features), scale)
+
+
+class ExpertBank(nn.Module):
+    """The experts of one site.
+
+    Build it with `stack`; `split` gives the experts back, bit for bit.
+
+    Attributes:
+        ranks: rank of each expert; 0 where an adapter has no LoRA at this site.
+        scales: trained scale of each expert.
+        trainable: which experts are parameters.
+    """
+
+    A_frozen_RD: Tensor
+    B_frozen_RO: Tensor
+    bias_frozen_EO: Tensor | None
+    A_trainable_RD: nn.Parameter | None
+    B_trainable_RO: nn.Parameter | None
+    bias_trainable_EO: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.frozen_dtype, self.trainable_dtype = dtype, torch.float32
+        self.ranks: tuple[int, ...] = ()
+        self.scales: tuple[float, ...] = ()
+        self.trainable: tuple[bool, ...] = ()
+        self.register_buffer("A_frozen_RD", torch.zeros(0, in_features, dtype=dtype, device=device))
+        self.register_buffer("B_frozen_RO", torch.zeros(0, out_features, dtype=dtype, device=device))
+        self.register_buffer("bias_frozen_EO", None)
+        for name in ("A_trainable_RD", "B_trainable_RO", "bias_trainable_EO"):
+            self.register_parameter(name, None)
+        self._index()
+
+    # --- in and out -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def stack(
+        cls,
+        experts: Sequence[Expert],
+        *,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        trainable: Iterable[int] = (),
+    ) -> "ExpertBank":
+        """A bank of these experts, in this order.
+
+        Args:
+            experts: any ranks, also 0. Their tensors are copied, never kept.
+            in_features, out_features: width of the site's input and output.
+            dtype: of the frozen rows. Trainable rows are fp32.
+            device: where the rows go.
+            trainable: ids of the experts that are parameters.
+
+        Raises:
+            ValueError: if an expert's shapes do not fit the site.
+        """
+        bank = cls(in_features, out_features, dtype=dtype, device=torch.device(device))
+        bank._fill(experts, frozenset(trainable))
+        return bank
+
+    def split(self) -> list[Expert]:
+        """The experts, as views of the bank's rows; absent ones with rank 0."""
+        return [self.expert(index) for index in range(len(self))]
+
+    def expert(self, index: int) -> Expert:
+        """One expert, as a view of the bank's rows."""
+        begin, rank = self._starts_of_kind[index], self.ranks[index]
+        bias_O = None
+        if self.trainable[index]:
+            assert self.A_trainable_RD is not None and self.B_trainable_RO is not None
+            A_RD, B_RO, biases = self.A_trainable_RD.detach(), self.B_trainable_RO.detach(), self.bias_trainable_EO
+        else:
+            A_RD, B_RO, biases = self.A_frozen_RD, self.B_frozen_RO, self.bias_frozen_EO
+        if biases is not None and self._has_bias[index]:
+            bias_O = biases.detach()[self._place_of_kind[index]]
+        return Expert(A_RD[begin : begin + rank], B_RO[begin : begin + rank], self.scales[index], bias_O)
+
+    def add(self, expert: Expert, *, trainable: bool = False) -> None:
+        """Append one expert; its id is the highest."""
+        ids = {index for index, kind in enumerate(self.trainable) if kind} | ({len(self)} if trainable else set())
+        self._fill([*self.split(), expert], frozenset(ids))
+
+    def drop(self, index: int) -> None:
+        """Remove one expert; those behind it move up by one id."""
+        experts, kinds = self.split(), list(self.trainable)
+        del experts[index], kinds[index]
+        self._fill(experts, frozenset(place for place, kind in enumerate(kinds) if kind))
+
+    def set_trainable(self, ids: Iterable[int]) -> None:
+        """Make exactly these experts parameters and all others buffers. Experts without rows stay as they are."""
+        wanted = frozenset(index for index in ids if self.ranks[index])
+        if wanted != frozenset(index for index, kind in enumerate(self.trainable) if kind):
+            self._fill(self.split(), wanted)
+
+    # --- what layers and kernels see ------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """Which experts have rows at this site."""
+        return tuple(rank > 0 for rank in self.ranks)
+
+    def factors(self) -> Factors:
+        """The stacked experts as the kernels read them."""
+        return Factors(
+            _join(self.A_frozen_RD, self.A_trainable_RD),
+            _join(self.B_frozen_RO, self.B_trainable_RO),
+            self.scale_E,
+            self.owner_R,
+            self.rows_FP,
+            self.fill_FP,
+            self._biases_EO(),
+        )
+
+    def extra_repr(self) -> str:
+        trainable = sum(self.trainable)
+        return (
+            f"experts={len(self)}, ranks={self.ranks if len(self) <= 16 else (*self.ranks[:16], '...')}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, trainable={trainable}"
+        )
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _fill(self, experts: Sequence[Expert], trainable: frozenset[int]) -> None:
+        """Take these experts instead of those that are here."""
+        for index, expert in enumerate(experts):
+            _check(expert, index, self.in_features, self.out_features)
+        device = self.A_frozen_RD.device
+        frozen_ids = [index for index in range(len(experts)) if index not in trainable]
+        trainable_ids = [index for index in range(len(experts)) if index in trainable]
+
+        A_RD, B_RO, bias_EO = _stack([experts[index] for index in frozen_ids], self, self.frozen_dtype, device)
+        self.A_frozen_RD, self.B_frozen_RO, self.bias_frozen_EO = A_RD, B_RO, bias_EO
+        A_RD, B_RO, bias_EO = _stack([experts[index] for index in trainable_ids], self, self.trainable_dtype, device)
+        self.A_trainable_RD = nn.Parameter(A_RD) if trainable_ids else None
+        self.B_trainable_RO = nn.Parameter(B_RO) if trainable_ids else None
+        self.bias_trainable_EO = None if bias_EO is None else nn.Parameter(bias_EO)
+
+        self.ranks = tuple(expert.rank for expert in experts)
+        self.scales = tuple(float(expert.scale) for expert in experts)
+        self.trainable = tuple(index in trainable for index in range(len(experts)))
+        self._has_bias = tuple(expert.bias_O is not None for expert in experts)
+        self._index()
+
+    def _index(self) -> None:
+        """Work out where each expert's rows stand, and lay the index tensors of `Factors` out for that."""
+        frozen_rows = sum(rank for rank, kind in zip(self.ranks, self.trainable, strict=True) if not kind)
+        counts, places = {False: 0, True: 0}, {False: 0, True: 0}
+        starts_of_kind, place_of_kind = [], []
+        for rank, kind in zip(self.ranks, self.trainable, strict=True):
+            starts_of_kind.append(counts[kind])
+            place_of_kind.append(places[kind])
+            counts[kind], places[kind] = counts[kind] + rank, places[kind] + 1
+        self._starts_of_kind, self._place_of_kind = tuple(starts_of_kind), tuple(place_of_kind)
+
+        starts = tuple(
+            start + (frozen_rows if kind else 0) for start, kind in zip(starts_of_kind, self.trainable, strict=True)
+        )
+        device = self.A_frozen_RD.device
+        tensors = index_rows(starts, self.ranks, self.scales)
+        names = ("scale_E", "owner_R", "rows_FP", "fill_FP")
+        for name, tensor in zip(names, tensors, strict=True):
+            self.register_buffer(name, tensor.to(device), persistent=False)
+        order = [index for kind in (False, True) for index, is_kind in enumerate(self.trainable) if is_kind is kind]
+        self._bias_order = tuple(order.index(index) for index in range(len(self.ranks)))
+
+    def _biases_EO(self) -> Tensor | None:
+        if self.bias_frozen_EO is None and self.bias_trainable_EO is None:
+            return None
+        kinds = ((self.bias_frozen_EO, False), (self.bias_trainable_EO, True))
+        parts = [
+            self.A_frozen_RD.new_zeros(self.trainable.count(kind), self.out_features) if part is None else part
+            for part, kind in kinds
+        ]
+        return torch.cat(parts)[list(self._bias_order)]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ExpertBank":
+        """`.to(dtype)` moves and casts the rows, but a scale stays exact: it is laid out anew in fp32."""
+        super()._apply(fn, recurse)
+        self.frozen_dtype = self.A_frozen_RD.dtype
+        if self.scale_E.dtype != torch.float32 and not self.scale_E.is_meta:
+            self._index()
+        return self
+
+
+def _join(frozen: Tensor, trainable: Tensor | None) -> Tensor:
+    if trainable is None:
+        return frozen
+    return torch.cat([frozen.to(trainable.dtype), trainable]) if frozen.shape[0] else trainable
+
+
+def _stack(
+    experts: Sequence[Expert], bank: ExpertBank, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows of these experts in one tensor each, written once."""
+    rows = sum(expert.rank for expert in experts)
+    A_RD = torch.empty(rows, bank.in_features, dtype=dtype, device=device)
+    B_RO = torch.empty(rows, bank.out_features, dtype=dtype, device=device)
+    begin = 0
+    for expert in experts:
+        A_RD[begin : begin + expert.rank].copy_(expert.A_RD)
+        B_RO[begin : begin + expert.rank].copy_(expert.B_RO)
+        begin += expert.rank
+    if all(expert.bias_O is None for expert in experts):
+        return A_RD, B_RO, None
+    bias_EO = torch.zeros(len(experts), bank.out_features, dtype=dtype, device=device)
+    for place, expert in enumerate(experts):
+        if expert.bias_O is not None:
+            bias_EO[place].copy_(expert.bias_O)
+    return A_RD, B_RO, bias_EO
+
+
+def _check(expert: Expert, index: int, in_features: int, out_features: int) -> None:
+    expected = ((expert.rank, in_features), (expert.rank, out_features))
+    came = (tuple(expert.A_RD.shape), tuple(expert.B_RO.shape))
+    if came != expected:
+        raise ValueError(f"expert {index} has the factors {came}; a site of this width expects {expected}")
+    if expert.bias_O is not None and tuple(expert.bias_O.shape) != (out_features,):
+        raise ValueError(f"expert {index} has a bias of shape {tuple(expert.bias_O.shape)}; expected ({out_features},)")
+    if not math.isfinite(expert.scale):
+        raise ValueError(f"expert {index} has the scale {expert.scale}; expected a finite number")

@@ -1,0 +1,119 @@
+"""What a mixture is made of, as data: frozen, typed, JSON with a schema version. Begin with MoELoRAConfig."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from moelora.routers.given import Given
+from moelora.routers.learned import Learned
+
+SCHEMA_VERSION = (1, 0)
+"""Major and minor version of `moelora_config.json`. A newer minor is read with a warning, a newer major refused."""
+
+ROUTERS: dict[str, type] = {"learned": Learned, "given": Given}
+"""Routers by the name that `patch_model(router=...)` and the JSON use."""
+
+RouterConfig = Learned | Given
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuxLosses:
+    """How much each loss on the routings weighs in `output.loss`; `moelora.losses` defines them.
+
+    Each is computed for each router and averaged. All zero: no routing is kept in training.
+    """
+
+    load_balance: float = 1e-2
+    z_loss: float = 0.0
+    importance: float = 0.0
+    mutual_information: float = 0.0
+    uniform_cross_entropy: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, weight in dataclasses.asdict(self).items():
+            if not weight >= 0 or weight == float("inf"):
+                raise ValueError(f"the weight of the loss {name} must be finite and not negative, got {weight}")
+
+    def active(self) -> dict[str, float]:
+        """The losses that weigh anything."""
+        return {name: weight for name, weight in dataclasses.asdict(self).items() if weight}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoELoRAConfig:
+    """All options of a mixture.
+
+    Attributes:
+        router: options of the router; its class says which router.
+        share_router: one router for all projections that read the same input (q, k and v), instead of one each.
+        losses: weights of the losses on the routings.
+        alpha: of fresh experts, whose scale is alpha / rank; None means alpha = 2 * rank.
+        use_rslora: fresh experts take alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+        dropout: LoRA dropout of the experts' input in training.
+        backend: which implementation of the kernels runs: "auto", "reference", "dense" or "gathered".
+        seed: of the first weights of routers and fresh experts.
+    """
+
+    router: RouterConfig = field(default_factory=Learned)
+    share_router: bool = False
+    losses: AuxLosses = field(default_factory=AuxLosses)
+    alpha: float | None = None
+    use_rslora: bool = False
+    dropout: float = 0.0
+    backend: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha}")
+        if self.share_router and isinstance(self.router, Given):
+            raise ValueError("share_router has no meaning for a router of given ids; leave it off")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        values = dataclasses.asdict(self)
+        values["router"] = {"kind": router_kind(self.router), **values["router"]}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "MoELoRAConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: for an unknown router or option.
+        """
+        values = dict(values)
+        router = dict(values.pop("router"))
+        kind = router.pop("kind", None)
+        if kind not in ROUTERS:
+            raise ValueError(f"unknown router {kind!r}; expected one of {sorted(ROUTERS)}")
+        losses = values.pop("losses", {})
+        try:
+            return cls(router=ROUTERS[kind](**router), losses=AuxLosses(**losses), **values)
+        except TypeError as error:
+            raise ValueError(f"the configuration has an option that this version does not know: {error}") from error
+
+
+def router_kind(router: RouterConfig) -> str:
+    """The name of a router's class in `ROUTERS`."""
+    return next(name for name, kind in ROUTERS.items() if type(router) is kind)
+
+
+def resolve_router(router: "str | RouterConfig", *, top_k: int) -> RouterConfig:
+    """A router from the name that a user gave.
+
+    "learned" with one expert per token takes straight-through unit weights, since a single renormalized weight is
+    always 1 and would teach the router nothing.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if not isinstance(router, str):
+        return router
+    if router not in ROUTERS:
+        raise ValueError(f"unknown router {router!r}; expected one of {sorted(ROUTERS)} or a router's configuration")
+    if router == "learned":
+        return Learned(top_k=top_k, combine="unit" if top_k == 1 else "renormalized")
+    return ROUTERS[router]()

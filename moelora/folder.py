@@ -1,0 +1,227 @@
+"""A mixture as a folder: what is written, and how it is read back. Begin with write_mixture.
+
+    moelora_config.json     schema version, options, sites, and for each expert its source, commit, hash, ranks and scales
+    routers.safetensors     the routers, and parameters of the base model that were trained beside them
+    experts/000/ ...        experts as plain PEFT folders, where they are included
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import moelora
+from moelora.bank import Expert
+from moelora.config import SCHEMA_VERSION, MoELoRAConfig
+from moelora.integrations.peft_folder import write_adapter
+from moelora.layer import MoELoRALinear
+from moelora.mixture import Mixture
+
+CONFIG_NAME = "moelora_config.json"
+TENSORS_NAME = "routers.safetensors"
+CHECKPOINT_NAME = "model.safetensors"
+"""Where Trainer looks for the weights of a checkpoint that it resumes from."""
+
+RELOADABLE = {"folder", "hub"}
+"""Kinds of sources that an expert can be read from again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The contents of `moelora_config.json`, checked."""
+
+    config: MoELoRAConfig
+    base_model: dict[str, Any]
+    sites: dict[str, dict[str, Any]]
+    experts: list[dict[str, Any]]
+
+
+def write_mixture(root: nn.Module, mixture: Mixture, folder: Path, *, include_experts: bool) -> None:
+    """Write a mixture. Experts that cannot be read again from where they came are always included.
+
+    Raises:
+        ValueError: if a parameter is not whole, as under FSDP or ZeRO, or not finite.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    experts = []
+    for index, name in enumerate(mixture.names):
+        parts = {path: layer.bank.expert(index) for path, layer in mixture.layers.items()}
+        trainable = any(layer.bank.trainable[index] for layer in mixture.layers.values())
+        source = dict(mixture.sources[index])
+        included = include_experts or trainable or source["kind"] not in RELOADABLE
+        place = f"experts/{index:03d}" if included else None
+        if place is not None:
+            write_adapter(
+                folder / place,
+                parts,
+                base_model=mixture.base_model.get("name"),
+                fan_in_fan_out=any(site["fan_in_fan_out"] for site in mixture.sites.values()),
+            )
+            if source["kind"] != "hub":
+                # a path on somebody's disk says nothing to others
+                source["location"] = Path(str(source["location"])).name
+        experts.append(
+            {
+                "name": name,
+                "source": source,
+                "folder": place,
+                "trainable": trainable,
+                "ranks": {path: expert.rank for path, expert in parts.items() if expert.rank},
+                "scales": {path: expert.scale for path, expert in parts.items() if expert.rank},
+            }
+        )
+    tensors = saved_tensors(root, mixture)
+    check_whole(tensors)
+    save_file(tensors, folder / TENSORS_NAME, metadata={"format": "pt"})
+    manifest = {
+        "schema_version": list(SCHEMA_VERSION),
+        "moelora_version": moelora.__version__,
+        "base_model": mixture.base_model,
+        "config": mixture.config.to_dict(),
+        "sites": mixture.sites,
+        "experts": experts,
+    }
+    # last, so that a folder with a manifest is a whole one
+    (folder / CONFIG_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def write_checkpoint(
+    root: nn.Module, mixture: Mixture, folder: Any, *, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """A mixture folder from which Trainer can resume: the same, and all trained tensors under the model's own names."""
+    folder = Path(folder)
+    write_mixture(root, mixture, folder, include_experts=False)
+    state = root.state_dict() if state_dict is None else state_dict
+    names = trained_names(root, mixture)
+    missing = sorted(names - set(state))
+    if missing:
+        raise ValueError(f"the state dict to save lacks {len(missing)} trained tensors, such as {missing[:3]}")
+    tensors = {name: state[name].detach().cpu().contiguous().clone() for name in sorted(names)}
+    check_whole(tensors)
+    save_file(tensors, folder / CHECKPOINT_NAME, metadata={"format": "pt"})
+
+
+def trained_names(root: nn.Module, mixture: Mixture) -> set[str]:
+    """Names, in the patched model, of all that training changes: routers with their buffers, and what needs gradients."""
+    trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
+    routers = {f"{site}.router.{name}" for site, layer in mixture.layers.items() for name in layer.router.state_dict()}
+    rows = {
+        f"{site}.bank.{name}" for site, layer in mixture.layers.items() for name, _ in layer.bank.named_parameters()
+    }
+    return trained | routers | rows
+
+
+def saved_tensors(root: nn.Module, mixture: Mixture) -> dict[str, Tensor]:
+    """What `routers.safetensors` holds: routers by site, a shared one once, and trained parameters of the base."""
+    tensors = {}
+    for site, layer in owners(mixture.layers).items():
+        for name, value in layer.router.state_dict().items():
+            tensors[f"router/{site}/{name}"] = value.detach().cpu().contiguous().clone()
+    for name, parameter in trained_base(root, mixture).items():
+        tensors[f"base/{name}"] = parameter.detach().cpu().contiguous().clone()
+    return tensors
+
+
+def trained_base(root: nn.Module, mixture: Mixture) -> dict[str, nn.Parameter]:
+    """Parameters of the base model that somebody has made trainable since it was patched, such as a new head."""
+    inside = tuple(f"{site}.{part}." for site in mixture.layers for part in ("bank", "router"))
+    return {
+        name: parameter
+        for name, parameter in root.named_parameters()
+        if parameter.requires_grad and not name.startswith(inside)
+    }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `moelora_config.json`.
+
+    Raises:
+        ValueError: if it is missing, malformed, or written by a newer major version.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} holds no mixture: it has no {CONFIG_NAME}; moelora.save writes one")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        major, minor = (int(part) for part in values["schema_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{CONFIG_NAME} in {str(folder)!r} is malformed: {error!r}") from error
+    if major > SCHEMA_VERSION[0]:
+        raise ValueError(
+            f"{str(folder)!r} was written with schema version {major}.{minor}, this moelora reads {SCHEMA_VERSION[0]}.x; "
+            "upgrade moelora"
+        )
+    if minor > SCHEMA_VERSION[1]:
+        warnings.warn(
+            f"{str(folder)!r} was written with schema version {major}.{minor}, newer than {SCHEMA_VERSION}; "
+            "what this version does not know is an error",
+            stacklevel=3,
+        )
+    try:
+        config = MoELoRAConfig.from_dict(values["config"])
+        return Manifest(
+            config=config, base_model=values["base_model"], sites=values["sites"], experts=values["experts"]
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{CONFIG_NAME} in {str(folder)!r} is malformed: {error!r}") from error
+
+
+def read_tensors(root: nn.Module, mixture: Mixture, folder: Path) -> None:
+    """Load `routers.safetensors` into a patched model.
+
+    Raises:
+        ValueError: naming what is missing, left over or of another shape; nothing is changed then.
+    """
+    tensors = load_file(folder / TENSORS_NAME)
+    places: dict[str, Tensor] = {}
+    for site, layer in owners(mixture.layers).items():
+        places |= {f"router/{site}/{name}": value for name, value in layer.router.state_dict().items()}
+    parameters = dict(root.named_parameters())
+    places |= {
+        key: parameters[key.removeprefix("base/")]
+        for key in tensors
+        if key.startswith("base/") and key.removeprefix("base/") in parameters
+    }
+    missing, unknown = sorted(set(places) - set(tensors)), sorted(set(tensors) - set(places))
+    shapes = [key for key in tensors if key in places and tensors[key].shape != places[key].shape]
+    if missing or unknown or shapes:
+        raise ValueError(
+            f"{TENSORS_NAME} does not fit this model: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(unknown)} unknown {unknown[:3]}, {len(shapes)} of another shape {shapes[:3]}"
+        )
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            places[key].copy_(tensor)
+            if key.startswith("base/"):
+                places[key].requires_grad_()
+
+
+def owners(layers: Mapping[str, MoELoRALinear]) -> dict[str, MoELoRALinear]:
+    """The first layer of each router; routers that serve several sites are saved once."""
+    first: dict[int, str] = {}
+    for site, layer in layers.items():
+        first.setdefault(id(layer.router), site)
+    return {site: layers[site] for site in first.values()}
+
+
+def check_whole(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to save tensors that are shards or not finite: a checkpoint that cannot be used is found out too late."""
+    sharded = [name for name, tensor in tensors.items() if type(tensor).__name__ == "DTensor" or not tensor.numel()]
+    if sharded:
+        raise ValueError(
+            f"{len(sharded)} parameters are sharded or empty, such as {sharded[:3]}; gather the full parameters first"
+        )
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"{len(broken)} tensors hold NaN or Inf, such as {broken[:3]}; the training has diverged")
+
+
+def parts_of(mixture: Mixture, index: int) -> dict[str, Expert]:
+    """One expert's factors at every site."""
+    return {path: layer.bank.expert(index) for path, layer in mixture.layers.items()}

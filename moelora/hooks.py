@@ -1,0 +1,226 @@
+"""What happens around a forward call of a patched model. Begin with StackHooks and RootHooks.
+
+Hooks are bound methods of small objects, so that a deep copy of the model copies them with their tape.
+"""
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moelora.aux_losses import distinct, weigh
+from moelora.config import AuxLosses
+from moelora.layer import MoELoRALinear
+from moelora.routers.learned import LearnedRouter
+from moelora.routing import dense_weights
+from moelora.tape import Frame, Tape
+
+INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "input_features", "input_values", "pixel_values")
+
+
+class StackHooks:
+    """Tell the tape what a stack (the model, or an encoder or decoder inside it) was called with."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def attach(self, stack: nn.Module) -> list[Any]:
+        """Register the hooks on a stack."""
+        return [
+            stack.register_forward_pre_hook(self.begin, with_kwargs=True),
+            stack.register_forward_hook(self.end, always_call=True),
+        ]
+
+    def begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A stack begins."""
+        values = dict(zip(argument_names(type(stack)), args, strict=False)) | kwargs
+        start = cached_length(values) if self.tape.depth == 0 and self.tape.settings.given is not None else 0
+        self.tape.begin(read_frame(values, self.tape), start=start)
+
+    def end(self, stack: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """A stack ends, or failed."""
+        self.tape.end()
+
+
+class RootHooks(StackHooks):
+    """The same for the patched model itself, which also keeps the routings of training and adds their losses.
+
+    Args:
+        tape: of the model.
+        layers: its patched sites.
+        losses: weights of the losses.
+    """
+
+    def __init__(self, tape: Tape, layers: Mapping[str, MoELoRALinear], losses: AuxLosses) -> None:
+        super().__init__(tape)
+        self.layers, self.losses = layers, losses
+        self.without_gradient: set[str] | None = None
+        self.some_gradient = False
+
+    def attach(self, stack: nn.Module) -> list[Any]:
+        return [
+            stack.register_forward_pre_hook(self.begin, with_kwargs=True),
+            stack.register_forward_hook(self.add_losses, with_kwargs=True),
+            stack.register_forward_hook(self.end, always_call=True),
+        ]
+
+    def begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        outermost = self.tape.depth == 0
+        if outermost:
+            self.balance()
+        super().begin(stack, args, kwargs)
+        if outermost and stack.training and torch.is_grad_enabled():
+            self.tape.collect(bool(self.losses.active()) or bool(self.balanced()))
+            if not torch.compiler.is_compiling():
+                self.watch_gradients(stack)
+
+    def add_losses(
+        self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Add the weighted losses to the model's own loss, in training."""
+        if self.tape.depth != 1 or not self.tape.records or not self.losses.active():
+            return None
+        loss = loss_in(output, kwargs)
+        if loss is None:
+            return None
+        aux = weigh(self.tape.routings_with_gradient(), self.losses)
+        if aux is None:
+            return None
+        total = loss + (aux * token_share(stack, kwargs)).to(loss.dtype)
+        if isinstance(output, tuple):
+            return (total, *output[1:])
+        if isinstance(output, Mapping):
+            output["loss"], output["aux_loss"] = total, aux.detach()  # pyright: ignore[reportIndexIssue]
+        else:
+            output.loss, output.aux_loss = total, aux.detach()
+        return output
+
+    # --- loss-free balancing --------------------------------------------------------------------------------------
+
+    def balanced(self) -> dict[str, LearnedRouter]:
+        """The sites whose router keeps a balancing bias."""
+        routers = ((site, layer.router) for site, layer in self.layers.items())
+        return {
+            site: router
+            for site, router in routers
+            if isinstance(router, LearnedRouter) and router.balance_bias_E is not None
+        }
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Move the balancing biases by what the last training call chose."""
+        done: set[int] = set()
+        for site, router in self.balanced().items():
+            for record in distinct({site: self.tape.records.get(site, [])}):
+                if id(router) not in done:
+                    chosen = record.routing._replace(weights_TK=torch.ones_like(record.routing.weights_TK))
+                    load_TE = dense_weights(chosen, router.num_experts)
+                    if record.valid_T is not None:
+                        load_TE = load_TE * record.valid_T[:, None]
+                    router.balance(load_TE.sum(0))
+            done.add(id(router))
+
+    # --- tensors that get no gradient -----------------------------------------------------------------------------
+
+    def watch_gradients(self, model: nn.Module) -> None:
+        """After the first training step, name every trainable tensor that got no gradient."""
+        if self.without_gradient is None:
+            self.without_gradient = set()
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and parameter.is_leaf:
+                    self.without_gradient.add(name)
+                    parameter.register_post_accumulate_grad_hook(_GradientSeen(self, name))
+        elif self.some_gradient and self.without_gradient:
+            names, self.without_gradient = sorted(self.without_gradient), set()
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            warnings.warn(
+                f"{len(names)} trainable tensors got no gradient in the first training step: {shown}. "
+                "They will not be trained: freeze them (moelora.set_trainable), or look for what cuts them off.",
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the model has parameters of its own to watch
+        return {**self.__dict__, "without_gradient": None, "some_gradient": False}
+
+
+class _GradientSeen:
+    """Strikes a parameter off the list when its first gradient arrives."""
+
+    def __init__(self, hooks: RootHooks, name: str) -> None:
+        self.hooks, self.name = hooks, name
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.hooks.some_gradient = True
+        if self.hooks.without_gradient:
+            self.hooks.without_gradient.discard(self.name)
+
+
+@lru_cache(maxsize=256)
+def argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the positional arguments of a module's forward."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def read_frame(values: Mapping[str, Any], tape: Tape) -> Frame:
+    """Batch, length and padding mask of a stack, from what it was called with.
+
+    The mask is two-dimensional only at the top of a model and, with a static cache, not even there: a stack that was
+    handed a mask of another form takes over that of the stack around it, if the input is the same.
+    """
+    batch = length = None
+    for name in INPUTS:
+        value = values.get(name)
+        if isinstance(value, Tensor):
+            batch = value.shape[0]
+            length = value.shape[1] if name in {"input_ids", "inputs_embeds", "decoder_input_ids"} else None
+            break
+    mask, encoder_mask = values.get("attention_mask"), values.get("encoder_attention_mask")
+    outer = tape.frame
+    if isinstance(mask, Tensor) and mask.ndim != 2:
+        same = outer is not None and (outer.batch, outer.length) == (batch, length)
+        mask = outer.mask_BL if same and outer is not None else None
+    return Frame(batch, length, two_dimensional(mask, batch, length), two_dimensional(encoder_mask, None, None))
+
+
+def two_dimensional(mask: Any, batch: int | None, length: int | None) -> Tensor | None:
+    """A mask that is a (B, at least L) tensor; None for anything else."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return None
+    fits = (batch is None or mask.shape[0] == batch) and (length is None or mask.shape[1] >= length)
+    return mask if fits else None
+
+
+def cached_length(values: Mapping[str, Any]) -> int:
+    """How many tokens the key-value cache of a call already holds."""
+    cache = values.get("past_key_values")
+    return 0 if cache is None or not hasattr(cache, "get_seq_length") else int(cache.get_seq_length())
+
+
+def loss_in(output: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The loss in a model's output: under "loss", or first in a tuple if labels were given."""
+    if isinstance(output, tuple):
+        loss = output[0] if output and kwargs.get("labels") is not None else None
+    else:
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
+
+
+def token_share(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:
+    """The part that this call's tokens are of the optimiser step's, as Trainer counts them; 1 without such a count.
+
+    Trainer divides the sum of the token losses by the tokens of all accumulated calls on all devices. The losses on
+    routings are means over a call, and weighted by this share they add up to one mean over the step.
+    """
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels", kwargs.get("labels"))
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    shifted = getattr(model, "loss_type", None) == "ForCausalLM" and not encoder_decoder
+    if shifted and kwargs.get("shift_labels") is None:
+        labels = labels[..., 1:]
+    return labels.ne(-100).sum() / items

@@ -1,0 +1,1 @@
+"""The arithmetic of a mixture. Begin with `reference.py` (what is computed), then `api.py` (which way is taken)."""

@@ -1,0 +1,61 @@
+"""The mixture in plain torch, two ways: `dense` over all rank rows, `gathered` over the chosen experts' rows alone.
+
+Both add to the base output; both leave rows without experts as they are. `dense` costs T x R whatever is chosen,
+`gathered` copies K x P rows for every token and so costs the same for 8 experts as for 800.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from moelora.kernels.factors import Factors
+from moelora.routing import Routing, active_tokens, dense_weights
+
+
+def dense(
+    base_TO: Float[Tensor, "T O"], x_TD: Float[Tensor, "T D"], factors: Factors, routing: Routing, *, every_token: bool
+) -> Float[Tensor, "T O"]:
+    """Two matrix products over all experts, gated in between."""
+    gate_TE = dense_weights(routing, factors.scale_E.shape[0]) * factors.scale_E
+    hidden_TR = F.linear(x_TD, factors.A_RD.to(x_TD.dtype))
+    gated_TR = (hidden_TR * gate_TE[:, factors.owner_R]).to(x_TD.dtype)
+    delta_TO = gated_TR @ factors.B_RO.to(x_TD.dtype)
+    if factors.bias_EO is not None:
+        delta_TO = delta_TO + gate_TE.to(x_TD.dtype) @ factors.bias_EO.to(x_TD.dtype)
+    return add(base_TO, delta_TO, routing, every_token=every_token)
+
+
+def gathered(
+    base_TO: Float[Tensor, "T O"], x_TD: Float[Tensor, "T D"], factors: Factors, routing: Routing, *, every_token: bool
+) -> Float[Tensor, "T O"]:
+    """Fetch the rows of the experts that each token chose, and multiply by these alone."""
+    tokens, chosen = routing.experts_TK.shape
+    # -1, "no expert", is the last row of both tables
+    rows_TN = factors.rows_FP[routing.experts_TK].flatten(1)
+    gate_TKP = factors.fill_FP[routing.experts_TK] * routing.weights_TK[..., None]
+    gate_TN = gate_TKP.flatten(1)
+
+    if tokens == 1:
+        rows_N = rows_TN[0]
+        hidden_TN = F.linear(x_TD, factors.A_RD.index_select(0, rows_N).to(x_TD.dtype))
+        gated_TN = (hidden_TN * gate_TN).to(x_TD.dtype)
+        delta_TO = gated_TN @ factors.B_RO.index_select(0, rows_N).to(x_TD.dtype)
+    else:
+        A_TND = factors.A_RD[rows_TN].to(x_TD.dtype)
+        hidden_TN = (A_TND @ x_TD[..., None])[..., 0]
+        gated_TN = (hidden_TN * gate_TN).to(x_TD.dtype)
+        delta_TO = (gated_TN[:, None] @ factors.B_RO[rows_TN].to(x_TD.dtype))[:, 0]
+
+    if factors.bias_EO is not None:
+        empty_1O = factors.bias_EO.new_zeros(1, factors.bias_EO.shape[1])
+        bias_FO = torch.cat([factors.bias_EO, empty_1O]).to(x_TD.dtype)
+        gate_TK = routing.weights_TK * F.pad(factors.scale_E, (0, 1))[routing.experts_TK]
+        delta_TO = delta_TO + (gate_TK.to(x_TD.dtype)[:, None] @ bias_FO[routing.experts_TK])[:, 0]
+    return add(base_TO, delta_TO, routing, every_token=every_token)
+
+
+def add(base_TO: Tensor, delta_TO: Tensor, routing: Routing, *, every_token: bool) -> Tensor:
+    """Base plus delta; where a token may be without experts, its base output untouched."""
+    mixed_TO = base_TO + delta_TO.to(base_TO.dtype)
+    return mixed_TO if every_token else torch.where(active_tokens(routing), mixed_TO, base_TO)

@@ -1,0 +1,111 @@
+"""The drop-in layer: a frozen linear, a bank of experts, a router. Begin with MoELoRALinear."""
+
+from typing import final
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moelora.bank import ExpertBank
+from moelora.kernels.api import mix
+from moelora.routers.base import AbstractRouter
+from moelora.routing import Routing
+from moelora.tape import Tape
+
+
+@final
+class MoELoRALinear(nn.Module):
+    """base(x) plus what the routed experts add to it.
+
+    Where no expert acts the output is `base(x)`, bit for bit. The base is a black box: any module that maps (..., D) to
+    (..., O), such as `nn.Linear`, GPT-2's `Conv1D` or a quantised linear.
+
+    Args:
+        base: the frozen projection.
+        bank: its experts.
+        router: chooses among them.
+        tape: the state shared with the other layers of the model.
+        site: the name of the projection in its model.
+        shared_router: True if other layers use the same router on the same input, which then decides once.
+        reads_encoder: True for a projection of the encoder's states in a decoder.
+        dropout: probability with which the experts (not the router) miss an input element in training.
+        backend: which implementation of the kernels runs; "auto" chooses by shapes.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        bank: ExpertBank,
+        router: AbstractRouter,
+        tape: Tape,
+        *,
+        site: str,
+        shared_router: bool = False,
+        reads_encoder: bool = False,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.base, self.bank, self.router = base, bank, router
+        self.tape, self.site = tape, site
+        self.shared_router, self.reads_encoder = shared_router, reads_encoder
+        self.dropout, self.backend = dropout, backend
+        self.train(base.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.base(x)
+        settings = self.tape.current
+        if settings.disabled or not self.bank.owner_R.shape[0]:
+            return base
+
+        # who acts on which token
+        self.tape.leading = x.shape[:-1]
+        x_TD = x.reshape(-1, x.shape[-1])
+        if settings.fixed is not None:
+            routing, every_token = settings.fixed.routing(x.shape[:-1], x.device), False
+        else:
+            routing, every_token = self._route(x, x_TD), self.router.every_token
+        if self.tape.collecting:
+            self.tape.write(self.site, routing, reads_encoder=self.reads_encoder)
+
+        # add what they know
+        if self.dropout and self.training:
+            x_TD = F.dropout(x_TD, self.dropout)
+        base_TO = base.reshape(-1, base.shape[-1])
+        mixed_TO = mix(
+            base_TO, x_TD, self.bank.factors(), routing, every_token=every_token, backend=self.backend
+        )
+        return self.tape.attach(self.site, mixed_TO, routing).reshape(base.shape)
+
+    def _route(self, x: Tensor, x_TD: Tensor) -> Routing:
+        if not self.shared_router:
+            return self.router(x_TD, self.tape)
+        key = id(self.router)
+        routing = self.tape.shared(key, x)
+        if routing is None:
+            routing = self.router(x_TD, self.tape)
+            self.tape.share(key, x, routing)
+        return routing
+
+    # models look at the projection that they think they hold
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight."""
+        return self.base.weight  # pyright: ignore[reportReturnType]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base.bias  # pyright: ignore[reportReturnType]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input, D."""
+        return self.bank.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output, O."""
+        return self.bank.out_features
+
+    def extra_repr(self) -> str:
+        return f"site={self.site!r}"

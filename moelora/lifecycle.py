@@ -1,0 +1,161 @@
+"""Change a mixture that is in place: add and remove experts, choose what is trained. Begin with add_expert."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from moelora.bank import Expert, absent_expert, fresh_expert
+from moelora.config import MoELoRAConfig
+from moelora.integrations.adapters import AdapterSource, load_adapters
+from moelora.integrations.families import linear_sizes
+from moelora.integrations.matching import match_adapter
+from moelora.mixture import Mixture, find_mixture
+from moelora.patch import fresh_scale
+from moelora.routers.learned import Learned, LearnedRouter
+
+
+def add_expert(
+    model: nn.Module,
+    source: Any = None,
+    *,
+    name: str | None = None,
+    rank: int | None = None,
+    trainable: bool | None = None,
+    revision: str | None = None,
+    token: "str | bool | None" = None,
+    endpoint: str | None = None,
+    cache_dir: Any = None,
+    local_files_only: bool = False,
+) -> None:
+    """Append an expert to a patched model: an adapter, or with `rank` and no source a fresh one.
+
+    Routers keep what they know of the others; a learned router starts the new expert at a score of 0. Parameters
+    change their identity, so make the optimiser afterwards.
+
+    Args:
+        model: a patched model.
+        source: one adapter, named as in `patch_model`.
+        name: of the expert; by default it is derived from the source.
+        rank: of a fresh expert.
+        trainable: by default adapters are frozen and fresh experts trained.
+        revision, token, endpoint, cache_dir, local_files_only: for the hub.
+
+    Raises:
+        ValueError: for a name that is taken, an adapter with factors outside the patched sites, or several adapters.
+            The model is as it was then.
+    """
+    _, mixture = find_mixture(model)
+    if (source is None) == (rank is None):
+        raise ValueError("pass either an adapter as source, or rank= for a fresh expert")
+    if rank is not None:
+        if rank < 1 or name is None:
+            raise ValueError(f"a fresh expert needs a name and a rank of at least 1, got name={name!r}, rank={rank}")
+        experts, origin = _fresh(mixture, rank), AdapterSource(kind="fresh", location=f"rank {rank}")
+    else:
+        hub = {"token": token, "endpoint": endpoint, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        wanted = [source] if name is None else {name: source}
+        adapters = load_adapters(wanted, revision=revision, **hub)
+        if len(adapters) != 1:
+            raise ValueError(f"the source holds {len(adapters)} adapters; add them one by one")
+        experts, origin, name = _placed(model, mixture, adapters[0]), adapters[0].source, name or adapters[0].name
+    if name in mixture.names:
+        raise ValueError(f"there is an expert {name!r} already; pass another name=")
+
+    for path, layer in mixture.layers.items():
+        expert = experts[path]
+        layer.bank.add(expert, trainable=bool(expert.rank) and (source is None if trainable is None else trainable))
+    for router, layers in _by_router(mixture):
+        router.add_experts([any(layer.bank.ranks[-1] for layer in layers)])
+    mixture.names.append(name)
+    mixture.sources.append(origin.to_dict())
+
+
+def remove_expert(model: nn.Module, name: str) -> None:
+    """Take an expert out; those behind it move up by one id.
+
+    Raises:
+        ValueError: for an unknown name, for the last expert, or if fewer experts would be left than act on a token.
+    """
+    _, mixture = find_mixture(model)
+    index = mixture.index(name)
+    left = len(mixture.names) - 1
+    top_k = mixture.config.router.top_k if isinstance(mixture.config.router, Learned) else 1
+    if left < top_k:
+        raise ValueError(f"{left} experts would be left, but {top_k} act on each token; unpatch the model instead")
+    for layer in mixture.layers.values():
+        layer.bank.drop(index)
+    for router, _ in _by_router(mixture):
+        router.keep_experts([other for other in range(left + 1) if other != index])
+    del mixture.names[index], mixture.sources[index]
+
+
+def set_trainable(model: nn.Module, *, routers: bool = True, experts: "bool | Iterable[str]" = False) -> None:
+    """Choose what is trained. Everything else of the mixture is frozen; the base model's flags stay as they are.
+
+    Experts that become trainable are parameters from then on (fp32), so make the optimiser afterwards.
+
+    Args:
+        model: a patched model.
+        routers: whether routers are trained.
+        experts: True for all, False for none, or their names.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    _, mixture = find_mixture(model)
+    if isinstance(experts, bool):
+        ids = list(range(len(mixture.names))) if experts else []
+    else:
+        ids = [mixture.index(name) for name in ([experts] if isinstance(experts, str) else experts)]
+    for layer in mixture.layers.values():
+        layer.bank.set_trainable(ids)
+    for router in mixture.routers().values():
+        router.requires_grad_(routers)
+
+
+def _fresh(mixture: Mixture, rank: int) -> dict[str, Expert]:
+    config: MoELoRAConfig = mixture.config
+    generator = torch.Generator().manual_seed(config.seed + len(mixture.names))
+    return {
+        path: fresh_expert(
+            layer.in_features, layer.out_features, rank, scale=fresh_scale(config, rank), generator=generator
+        )
+        for path, layer in mixture.layers.items()
+    }
+
+
+def _placed(model: nn.Module, mixture: Mixture, adapter: Any) -> dict[str, Expert]:
+    """An adapter's factors at each patched site."""
+    sizes = {path: (layer.in_features, layer.out_features) for path, layer in mixture.layers.items()}
+    root, _ = find_mixture(model)
+    others = {
+        path: found
+        for path, module in root.named_modules()
+        if ".base" not in path and path not in sizes and (found := linear_sizes(module)) is not None
+    }
+    match = match_adapter(adapter, sizes | others, model_type=mixture.base_model.get("model_type"))
+    outside = [*(key for key, _ in match.unmatched), *(path for path in match.factors if path not in sizes)]
+    if outside:
+        raise ValueError(
+            f"{len(outside)} projections of adapter {adapter.name!r} are not patched, such as {outside[:3]}; "
+            "patch the model anew with all adapters"
+        )
+    return {
+        path: Expert(found.A_RD, found.B_RO, found.scale, found.bias_O)
+        if (found := match.factors.get(path)) is not None
+        else absent_expert(*sizes[path])
+        for path in mixture.layers
+    }
+
+
+def _by_router(mixture: Mixture) -> list[tuple[Any, list[Any]]]:
+    """Each router once, with its layers."""
+    layers: dict[int, list[Any]] = {}
+    for layer in mixture.layers.values():
+        layers.setdefault(id(layer.router), []).append(layer)
+    return [(found[0].router, found) for found in layers.values()]
+
+
+__all__ = ["LearnedRouter", "add_expert", "remove_expert", "set_trainable"]

@@ -1,0 +1,70 @@
+"""The interface of all routers. Begin with AbstractRouter.
+
+A router of your own is a subclass that implements `forward`, `keep_experts` and `add_experts`; run it through
+`moelora.testing.router_contract`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moelora.routing import Routing
+from moelora.tape import Tape
+
+Combine = Literal["renormalized", "softmax", "constant", "unit"]
+"""How the scores of the chosen experts become weights; `moelora.routers.learned` defines each."""
+
+
+class LinearGate(NamedTuple):
+    """A router that is a plain linear map, in a form that kernels can fold into their pass over x."""
+
+    weight_ED: Tensor
+    temperature: float
+    top_k: int
+    combine: Combine
+
+
+class AbstractRouter(nn.Module, ABC):
+    """Decides which experts act on each token.
+
+    A router reads its input and the tape, answers with a `Routing`, and leaves nothing on itself.
+
+    Attributes:
+        num_experts: how many experts there are, E.
+        every_token: True if every token always gets an expert, so that layers need not look for tokens without one.
+    """
+
+    num_experts: int
+    every_token: bool = False
+    available_E: Tensor
+
+    @abstractmethod
+    def forward(self, x_TD: Float[Tensor, "T D"], tape: Tape) -> Routing:
+        """Choose experts for T tokens.
+
+        Args:
+            x_TD: the site's input, flattened.
+            tape: the state of the call; `tape.leading` is the shape that the input had before, without D.
+        """
+
+    @abstractmethod
+    def keep_experts(self, order: Sequence[int]) -> None:
+        """Keep these experts, in this order, and forget all others."""
+
+    @abstractmethod
+    def add_experts(self, available: Sequence[bool]) -> None:
+        """Append new experts; `available` says which of them this site has rows for."""
+
+    def linear_gate(self) -> LinearGate | None:
+        """This router as a plain linear map, or None if it is none."""
+        return None
+
+    def _set_available(self, available: Sequence[bool], device: torch.device | None = None) -> None:
+        self.num_experts = len(available)
+        mask = torch.tensor(list(available), dtype=torch.bool, device=device)
+        self.register_buffer("available_E", mask, persistent=False)
+        self.all_available = all(available)

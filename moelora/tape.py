@@ -1,0 +1,297 @@
+"""The state that all sites of one patched model share during one call. Begin with Tape.
+
+A patched model owns one tape. Hooks on the model (see `mixture.py`) call `begin` and `end`; layers ask `current` what
+they have to do and leave their routings in `write`. Three rules, each with a reason:
+
+- *Settings are copied when a call begins.* Activation checkpointing runs a layer a second time during backward, when a
+  context such as `disabled` may long be over; the second run must see what the first saw.
+- *The tape lives on until the next call begins*, so that it is there for that second run. It is a plain object and
+  neither thread-local nor a context variable, because recomputation runs on autograd's own threads.
+- *A second run is never recorded*: the routings of a call are written while it runs, and only then.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moelora.routing import NO_EXPERT, Routing
+
+
+def in_backward() -> bool:
+    """True while autograd runs a backward pass on this thread."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedMixture:
+    """A mixture that somebody fixed by hand: for all rows (N = 1) or one per row of the batch (N = B)."""
+
+    experts_NK: Int[Tensor, "N K"]
+    weights_NK: Float[Tensor, "N K"]
+
+    def routing(self, leading: tuple[int, ...], device: torch.device) -> Routing:
+        """The routing of an input whose shape is `leading` + (D,)."""
+        experts_NK, weights_NK = self.experts_NK.to(device), self.weights_NK.to(device)
+        return Routing(spread_rows(experts_NK, leading), spread_rows(weights_NK, leading))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenIds:
+    """Expert ids handed in from outside: per call (), per row (B,), per token (B, L) or per token and slot (B, L, K).
+
+    `rest` is the id for tokens behind the given ones, as in generation; None makes such a token an error.
+    """
+
+    ids: Tensor
+    rest: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a call has to do. The defaults are a mixture at work."""
+
+    disabled: bool = False
+    fixed: FixedMixture | None = None
+    given: GivenIds | None = None
+
+
+class Frame(NamedTuple):
+    """What one stack (the model, or an encoder or decoder inside it) knows of its own input."""
+
+    batch: int | None = None
+    length: int | None = None
+    mask_BL: Tensor | None = None
+    encoder_mask_BL: Tensor | None = None
+
+
+class Record(NamedTuple):
+    """One routing of one site in one call, and which of its tokens are real (None: all)."""
+
+    routing: Routing
+    valid_T: Tensor | None
+
+
+@dataclass
+class Tape:
+    """See the head of this file."""
+
+    settings: Settings = field(default_factory=Settings)
+    generator: torch.Generator | None = None  # of noisy routers; None is torch's own, which checkpointing restores
+    recordings: "list[dict[str, list[Record]]]" = field(default_factory=list)
+
+    leading: tuple[int, ...] = ()  # shape, without its last axis, of the input that a site is at work on
+
+    _call: Settings = field(default_factory=Settings)
+    _frames: list[Frame] = field(default_factory=list)
+    _start: int = 0  # tokens that the cache held when the call began
+    _collecting: bool = False
+    _shared: dict[int, tuple[Tensor, Routing]] = field(default_factory=dict)
+    records: dict[str, list[Record]] = field(default_factory=dict)
+    leaves: dict[str, list[Routing]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model starts a life of its own: settings and open calls stay behind."""
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(Tape().__dict__)
+
+    # --- the call -------------------------------------------------------------------------------------------------
+
+    def begin(self, frame: Frame, *, start: int = 0) -> None:
+        """A stack begins. The outermost one opens a new call, unless it is run again during backward."""
+        if not self._frames and not in_backward():
+            self._call, self._start = self.settings, start
+            self._collecting = False
+            self._shared.clear()
+            self.records.clear()
+            self.leaves.clear()
+        self._frames.append(frame)
+
+    def end(self) -> None:
+        """A stack ends. The outermost one closes the call, whose records stay until the next."""
+        self._frames.pop()
+        if not self._frames:
+            self._shared.clear()
+
+    def collect(self, wanted: bool) -> None:
+        """Keep the routings of the running call for its losses, or do not."""
+        self._collecting = wanted
+
+    @property
+    def frame(self) -> Frame | None:
+        """The innermost running stack's frame."""
+        return self._frames[-1] if self._frames else None
+
+    @property
+    def depth(self) -> int:
+        """How many stacks are running, one inside the other."""
+        return len(self._frames)
+
+    @property
+    def current(self) -> Settings:
+        """What a layer that runs now has to do: the call's settings within it and in its backward pass."""
+        return self._call if self._frames or in_backward() else self.settings
+
+    @property
+    def collecting(self) -> bool:
+        """True while routings of the running call are kept for losses or recordings."""
+        return bool(self._frames) and (self._collecting or bool(self.recordings)) and not in_backward()
+
+    # --- routings -------------------------------------------------------------------------------------------------
+
+    def shared(self, key: int, x: Tensor) -> Routing | None:
+        """The routing that a router which serves several sites has already given for this very tensor."""
+        known = self._shared.get(key)
+        return known[1] if known is not None and known[0] is x else None
+
+    def share(self, key: int, x: Tensor, routing: Routing) -> None:
+        """Keep a routing for the other sites of the same router, until the call ends."""
+        if self._frames:
+            self._shared[key] = (x, routing)
+
+    def write(self, site: str, routing: Routing, *, reads_encoder: bool = False) -> None:
+        """Keep a site's routing for losses and recordings."""
+        record = Record(routing, self.valid_tokens(reads_encoder=reads_encoder))
+        if self._collecting:
+            self.records.setdefault(site, []).append(record)
+        for recording in self.recordings:
+            recording.setdefault(site, []).append(Record(routing.detach(), record.valid_T))
+
+    def routings_with_gradient(self) -> dict[str, list[Record]]:
+        """The call's records, in a form that a loss can be computed from and differentiated.
+
+        Reentrant checkpointing runs the first pass without a graph. Its routings are replaced by leaves here; what the
+        loss sends into a leaf reaches the router when `attach` meets the same routing in the second pass.
+        """
+        for site, records in self.records.items() if torch.is_grad_enabled() else ():
+            for index, (routing, valid_T) in enumerate(records):
+                if routing.logits_TE is not None and not routing.logits_TE.requires_grad:
+                    leaf = routing._replace(
+                        logits_TE=routing.logits_TE.detach().requires_grad_(),
+                        weights_TK=routing.weights_TK.detach().requires_grad_(),
+                    )
+                    self.leaves.setdefault(site, []).append(leaf)
+                    records[index] = Record(leaf, valid_T)
+        return self.records
+
+    def attach(self, site: str, output: Tensor, routing: Routing) -> Tensor:
+        """The site's output, which in a second pass also carries the gradients that wait for its routing."""
+        leaves = self.leaves.get(site)
+        if not leaves or routing.logits_TE is None or not routing.logits_TE.requires_grad or not in_backward():
+            return output
+        # a module that a model uses several times has several routings: the same input gives the same scores
+        for leaf in leaves:
+            if len(leaves) == 1 or torch.equal(_known(leaf.logits_TE), routing.logits_TE):
+                leaves.remove(leaf)
+                return _Attach.apply(
+                    output, routing.logits_TE, routing.weights_TK, _known(leaf.logits_TE).grad, leaf.weights_TK.grad
+                )
+        return output
+
+    def valid_tokens(self, *, reads_encoder: bool = False) -> Bool[Tensor, " T"] | None:
+        """Which tokens of the input at work are no padding; None where all count."""
+        frame, leading = self._frames[-1], self.leading
+        mask_BL = frame.encoder_mask_BL if reads_encoder else frame.mask_BL
+        if mask_BL is None:
+            return None
+        batch, length = frame.batch, mask_BL.shape[1] if reads_encoder else frame.length
+        if length is None or leading not in {(batch, length), (mask_BL.shape[0] * length,)}:
+            return None
+        # with a cache the mask covers the past as well; ours are its last columns
+        return mask_BL[:, -length:].reshape(-1).bool()
+
+    def given_ids(self, device: torch.device) -> Int[Tensor, "T K"]:
+        """The ids that were handed in, for the tokens of the input at work."""
+        given, leading = self.current.given, self.leading
+        if given is None:
+            raise ValueError(
+                "this mixture is routed by ids that are given from outside, and none were given; "
+                "call the model inside `with moelora.given_experts(model, ids):`"
+            )
+        ids = given.ids.to(device)
+        if ids.ndim <= 1:
+            return spread_rows(ids.reshape(-1, 1), leading)
+        batch, known = ids.shape[:2]
+        tokens = 1
+        for size in leading:
+            tokens *= size
+        length, remainder = divmod(tokens, batch)
+        if remainder or (len(leading) > 1 and leading != (batch, length)):
+            raise ValueError(
+                f"expert ids were given for {batch} rows of {known} tokens, but the input has the shape {leading}; "
+                "give ids per row, or one id for each token of this input"
+            )
+        stop = self._start + length
+        if stop > known:
+            if given.rest is None:
+                raise ValueError(
+                    f"expert ids were given for {known} tokens of each row, but the call reaches token {stop}; "
+                    "give ids for all tokens, or say with `rest=` which expert takes those behind"
+                )
+            ids = torch.cat([ids, ids.new_full((batch, stop - known, *ids.shape[2:]), given.rest)], dim=1)
+        return ids[:, self._start : stop].reshape(tokens, -1)
+
+
+def spread_rows(values_NK: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """One row of values for each of N rows, repeated for every token of that row: (N, K) -> (T, K).
+
+    Raises:
+        ValueError: if an input of shape `leading` + (D,) has no N rows.
+    """
+    rows = values_NK.shape[0]
+    tokens = 1
+    for size in leading:
+        tokens *= size
+    if rows == 1:
+        return values_NK.expand(tokens, -1)
+    fits = leading[0] == rows if len(leading) > 1 else tokens % rows == 0
+    if not fits:
+        raise ValueError(
+            f"a mixture was given for each of {rows} rows, but the input of this site has the shape {leading}; "
+            "give one entry for each row of the batch (with beam search or several return sequences, "
+            "`repeats=` says how often the model repeats a row), or one mixture for all rows"
+        )
+    return values_NK.repeat_interleave(tokens // rows, dim=0)
+
+
+class _Attach(torch.autograd.Function):
+    """The identity on `output`, whose backward pass also sends given gradients to a routing's logits and weights."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, logits_TE: Tensor, weights_TK: Tensor, *gradients: Tensor | None) -> Tensor:
+        ctx.gradients = gradients
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad_outputs[0], *ctx.gradients, None, None)
+
+
+def _known(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def changed(settings: Settings, **values: Any) -> Settings:
+    """Settings with some values replaced."""
+    return replace(settings, **values)
+
+
+__all__ = [
+    "NO_EXPERT",
+    "FixedMixture",
+    "Frame",
+    "GivenIds",
+    "Record",
+    "Settings",
+    "Tape",
+    "changed",
+    "in_backward",
+    "spread_rows",
+]
