@@ -10,6 +10,7 @@ they have to do and leave their routings in `write`. Three rules, each with a re
 - *A second run is never recorded*: the routings of a call are written while it runs, and only then.
 """
 
+import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ class Tape:
     _frames: list[Frame] = field(default_factory=list)
     _start: int = 0  # tokens that the cache held when the call began
     _collecting: bool = False
-    _shared: dict[int, tuple[Tensor, Routing]] = field(default_factory=dict)
+    _shared: "dict[int, tuple[weakref.ref[Tensor], Routing]]" = field(default_factory=dict)
     records: dict[str, list[Record]] = field(default_factory=dict)
     leaves: dict[str, list[Routing]] = field(default_factory=dict)
 
@@ -148,12 +149,15 @@ class Tape:
     def shared(self, key: int, x: Tensor) -> Routing | None:
         """The routing that a router which serves several sites has already given for this very tensor."""
         known = self._shared.get(key)
-        return known[1] if known is not None and known[0] is x else None
+        return known[1] if known is not None and known[0]() is x else None
 
     def share(self, key: int, x: Tensor, routing: Routing) -> None:
-        """Keep a routing for the other sites of the same router, until the call ends."""
-        if self._frames:
-            self._shared[key] = (x, routing)
+        """Keep a routing for the other sites of the same router.
+
+        In a second pass too, which has to save the very tensors that the first saved. The input is held weakly: it may
+        be gone before the next call.
+        """
+        self._shared[key] = (weakref.ref(x), routing)
 
     def write(self, site: str, routing: Routing, *, reads_encoder: bool = False) -> None:
         """Keep a site's routing for losses and recordings."""
