@@ -44,10 +44,7 @@ def loss_of(routing: Routing, valid_T: Tensor | None, weights: AuxLosses) -> Flo
 
 def distinct(records: Mapping[str, list[Record]]) -> Iterable[Record]:
     """Every scored routing once, also where a router answers for several sites."""
-    seen: set[int] = set()
     for site_records in records.values():
         for record in site_records:
-            logits_TE = record.routing.logits_TE
-            if logits_TE is not None and id(logits_TE) not in seen:
-                seen.add(id(logits_TE))
+            if record.routing.logits_TE is not None and not record.repeated:
                 yield record

@@ -14,7 +14,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moelora.kernels.factors import Factors, index_rows
+from moelora.kernels.factors import Factors, common_rank, common_scale, index_rows
 
 
 class Expert(NamedTuple):
@@ -70,7 +70,9 @@ class ExpertBank(nn.Module):
     B_trainable_RO: nn.Parameter | None
     bias_trainable_EO: nn.Parameter | None
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *, dtype: torch.dtype, device: torch.device, stacking: bool = False
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.frozen_dtype, self.trainable_dtype = dtype, torch.float32
@@ -82,7 +84,9 @@ class ExpertBank(nn.Module):
         self.register_buffer("bias_frozen_EO", None)
         for name in ("A_trainable_RD", "B_trainable_RO", "bias_trainable_EO"):
             self.register_parameter(name, None)
-        self._index()
+        self._known: Factors | None = None
+        if not stacking:
+            self._index()
 
     # --- in and out -----------------------------------------------------------------------------------------------
 
@@ -109,7 +113,7 @@ class ExpertBank(nn.Module):
         Raises:
             ValueError: if an expert's shapes do not fit the site.
         """
-        bank = cls(in_features, out_features, dtype=dtype, device=torch.device(device))
+        bank = cls(in_features, out_features, dtype=dtype, device=torch.device(device), stacking=True)
         bank._fill(experts, frozenset(trainable))
         return bank
 
@@ -153,13 +157,22 @@ class ExpertBank(nn.Module):
         return len(self.ranks)
 
     @property
+    def total_rank(self) -> int:
+        """How many rows all experts have together."""
+        return self._total_rank
+
+    @property
     def present(self) -> tuple[bool, ...]:
         """Which experts have rows at this site."""
         return tuple(rank > 0 for rank in self.ranks)
 
     def factors(self) -> Factors:
         """The stacked experts as the kernels read them."""
-        return Factors(
+        # a frozen bank answers each decoded token alike; the check is for those who swap its buffers for others
+        known, buffers = self._known, self._buffers
+        if known is not None and known.A_RD is buffers["A_frozen_RD"] and known.B_RO is buffers["B_frozen_RO"]:
+            return known
+        factors = Factors(
             _join(self.A_frozen_RD, self.A_trainable_RD),
             _join(self.B_frozen_RO, self.B_trainable_RO),
             self.scale_E,
@@ -167,7 +180,12 @@ class ExpertBank(nn.Module):
             self.rows_FP,
             self.fill_FP,
             self._biases_EO(),
+            self._rank,
+            self._scale,
         )
+        if self.A_trainable_RD is None and factors.bias_EO is None:
+            self._known = factors
+        return factors
 
     def extra_repr(self) -> str:
         trainable = sum(self.trainable)
@@ -209,10 +227,13 @@ class ExpertBank(nn.Module):
             place_of_kind.append(places[kind])
             counts[kind], places[kind] = counts[kind] + rank, places[kind] + 1
         self._starts_of_kind, self._place_of_kind = tuple(starts_of_kind), tuple(place_of_kind)
+        self._known = None
+        self._total_rank = sum(self.ranks)
 
         starts = tuple(
             start + (frozen_rows if kind else 0) for start, kind in zip(starts_of_kind, self.trainable, strict=True)
         )
+        self._rank, self._scale = common_rank(starts, self.ranks), common_scale(self.scales)
         device = self.A_frozen_RD.device
         tensors = index_rows(starts, self.ranks, self.scales)
         names = ("scale_E", "owner_R", "rows_FP", "fill_FP")
@@ -234,7 +255,7 @@ class ExpertBank(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpertBank":
         """`.to(dtype)` moves and casts the rows, but a scale stays exact: it is laid out anew in fp32."""
         super()._apply(fn, recurse)
-        self.frozen_dtype = self.A_frozen_RD.dtype
+        self.frozen_dtype, self._known = self.A_frozen_RD.dtype, None
         if self.scale_E.dtype != torch.float32 and not self.scale_E.is_meta:
             self._index()
         return self

@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from moelora.kernels.api import BACKENDS
 from moelora.routers.given import Given
 from moelora.routers.learned import Learned
 
@@ -64,6 +65,12 @@ class MoELoRAConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if type(self.router) not in ROUTERS.values():
+            raise ValueError(
+                f"router must be a router's configuration, such as Learned(top_k=2) or Given(), got {self.router!r}"
+            )
+        if self.backend not in BACKENDS:
+            raise ValueError(f"unknown backend {self.backend!r}; expected one of {BACKENDS}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.alpha is not None and not self.alpha > 0:

@@ -5,72 +5,70 @@
     experts/000/ ...        experts as plain PEFT folders, where they are included
 """
 
+import hashlib
 import json
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moelora
 from moelora.bank import Expert
-from moelora.config import SCHEMA_VERSION, MoELoRAConfig
-from moelora.integrations.peft_folder import write_adapter
+from moelora.config import SCHEMA_VERSION
+from moelora.integrations.adapter_file import WEIGHTS_NAME
+from moelora.integrations.peft_folder import adapter_tensors, write_adapter
 from moelora.layer import MoELoRALinear
+from moelora.manifest import CONFIG_NAME, RELOADABLE
 from moelora.mixture import Mixture
 
-CONFIG_NAME = "moelora_config.json"
 TENSORS_NAME = "routers.safetensors"
 CHECKPOINT_NAME = "model.safetensors"
 """Where Trainer looks for the weights of a checkpoint that it resumes from."""
 
-RELOADABLE = {"folder", "hub"}
-"""Kinds of sources that an expert can be read from again."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """The contents of `moelora_config.json`, checked."""
-
-    config: MoELoRAConfig
-    base_model: dict[str, Any]
-    sites: dict[str, dict[str, Any]]
-    experts: list[dict[str, Any]]
-
-
-def write_mixture(root: nn.Module, mixture: Mixture, folder: Path, *, include_experts: bool) -> None:
+def write_mixture(
+    root: nn.Module,
+    mixture: Mixture,
+    folder: Path,
+    *,
+    include_experts: bool,
+    reloadable: Collection[str] = RELOADABLE,
+) -> None:
     """Write a mixture. Experts that cannot be read again from where they came are always included.
 
+    Args:
+        root: the patched model.
+        mixture: of that model.
+        folder: made if it does not exist. A mixture that lies there is replaced.
+        include_experts: whether all experts are included.
+        reloadable: kinds of sources that whoever loads the mixture can read from.
+
     Raises:
-        ValueError: if a parameter is not whole, as under FSDP or ZeRO, or not finite.
+        ValueError: if a parameter is not whole, as under FSDP or ZeRO, or not finite. Nothing is written then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    experts = []
+    # everything that may be refused comes first
+    entries, included = [], {}
     for index, name in enumerate(mixture.names):
-        parts = {path: layer.bank.expert(index) for path, layer in mixture.layers.items()}
+        parts = parts_of(mixture, index)
         trainable = any(layer.bank.trainable[index] for layer in mixture.layers.values())
         source = dict(mixture.sources[index])
-        included = include_experts or trainable or source["kind"] not in RELOADABLE
-        place = f"experts/{index:03d}" if included else None
+        own = trainable or name in mixture.changed or source["kind"] not in reloadable
+        place = f"experts/{index:03d}" if include_experts or own else None
         if place is not None:
-            write_adapter(
-                folder / place,
-                parts,
-                base_model=mixture.base_model.get("name"),
-                fan_in_fan_out=any(site["fan_in_fan_out"] for site in mixture.sites.values()),
-            )
+            included[place] = {path: expert for path, expert in parts.items() if expert.rank}
             if source["kind"] != "hub":
                 # a path on somebody's disk says nothing to others
                 source["location"] = Path(str(source["location"])).name
-        experts.append(
+        entries.append(
             {
                 "name": name,
                 "source": source,
                 "folder": place,
+                "sha256": source["sha256"],
                 "trainable": trainable,
                 "ranks": {path: expert.rank for path, expert in parts.items() if expert.rank},
                 "scales": {path: expert.scale for path, expert in parts.items() if expert.rank},
@@ -78,6 +76,23 @@ def write_mixture(root: nn.Module, mixture: Mixture, folder: Path, *, include_ex
         )
     tensors = saved_tensors(root, mixture)
     check_whole(tensors)
+    for place, parts in included.items():
+        check_whole({f"{place}/{name}": tensor for name, tensor in adapter_tensors(parts).items()})
+
+    # the manifest goes first and comes last, so that a folder with a manifest is a whole one
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    for entry in entries:
+        if entry["folder"] is not None:
+            place = folder / entry["folder"]
+            write_adapter(
+                place,
+                included[entry["folder"]],
+                base_model=mixture.base_model.get("name"),
+                fan_in_fan_out=any(site["fan_in_fan_out"] for site in mixture.sites.values()),
+            )
+            with open(place / WEIGHTS_NAME, "rb") as file:
+                entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     save_file(tensors, folder / TENSORS_NAME, metadata={"format": "pt"})
     manifest = {
         "schema_version": list(SCHEMA_VERSION),
@@ -85,9 +100,8 @@ def write_mixture(root: nn.Module, mixture: Mixture, folder: Path, *, include_ex
         "base_model": mixture.base_model,
         "config": mixture.config.to_dict(),
         "sites": mixture.sites,
-        "experts": experts,
+        "experts": entries,
     }
-    # last, so that a folder with a manifest is a whole one
     (folder / CONFIG_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -130,64 +144,46 @@ def saved_tensors(root: nn.Module, mixture: Mixture) -> dict[str, Tensor]:
 
 def trained_base(root: nn.Module, mixture: Mixture) -> dict[str, nn.Parameter]:
     """Parameters of the base model that somebody has made trainable since it was patched, such as a new head."""
+    return {name: value for name, value in base_parameters(root, mixture).items() if value.requires_grad}
+
+
+def base_parameters(root: nn.Module, mixture: Mixture) -> dict[str, nn.Parameter]:
+    """All parameters but those of banks and routers, under their names in the patched model."""
     inside = tuple(f"{site}.{part}." for site in mixture.layers for part in ("bank", "router"))
-    return {
-        name: parameter
-        for name, parameter in root.named_parameters()
-        if parameter.requires_grad and not name.startswith(inside)
-    }
+    return {name: value for name, value in root.named_parameters() if not name.startswith(inside)}
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check `moelora_config.json`.
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The contents of `routers.safetensors`.
 
     Raises:
-        ValueError: if it is missing, malformed, or written by a newer major version.
+        ValueError: if it is missing, damaged, or holds NaN.
     """
-    path = folder / CONFIG_NAME
+    path = folder / TENSORS_NAME
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} holds no mixture: it has no {CONFIG_NAME}; moelora.save writes one")
+        raise ValueError(f"{str(folder)!r} holds no whole mixture: it has no {TENSORS_NAME}; moelora.save writes one")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        major, minor = (int(part) for part in values["schema_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{CONFIG_NAME} in {str(folder)!r} is malformed: {error!r}") from error
-    if major > SCHEMA_VERSION[0]:
-        raise ValueError(
-            f"{str(folder)!r} was written with schema version {major}.{minor}, this moelora reads {SCHEMA_VERSION[0]}.x; "
-            "upgrade moelora"
-        )
-    if minor > SCHEMA_VERSION[1]:
-        warnings.warn(
-            f"{str(folder)!r} was written with schema version {major}.{minor}, newer than {SCHEMA_VERSION}; "
-            "what this version does not know is an error",
-            stacklevel=3,
-        )
-    try:
-        config = MoELoRAConfig.from_dict(values["config"])
-        return Manifest(
-            config=config, base_model=values["base_model"], sites=values["sites"], experts=values["experts"]
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{CONFIG_NAME} in {str(folder)!r} is malformed: {error!r}") from error
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error}; save or download the mixture again") from error
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"{len(broken)} tensors in {str(path)!r} hold NaN or Inf, such as {broken[:3]}")
+    return tensors
 
 
-def read_tensors(root: nn.Module, mixture: Mixture, folder: Path) -> None:
-    """Load `routers.safetensors` into a patched model.
+def put_tensors(root: nn.Module, mixture: Mixture, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors of `routers.safetensors` into a patched model.
 
     Raises:
         ValueError: naming what is missing, left over or of another shape; nothing is changed then.
     """
-    tensors = load_file(folder / TENSORS_NAME)
     places: dict[str, Tensor] = {}
     for site, layer in owners(mixture.layers).items():
         places |= {f"router/{site}/{name}": value for name, value in layer.router.state_dict().items()}
-    parameters = dict(root.named_parameters())
-    places |= {
-        key: parameters[key.removeprefix("base/")]
-        for key in tensors
-        if key.startswith("base/") and key.removeprefix("base/") in parameters
-    }
+    parameters = base_parameters(root, mixture)
+    base = {key: key.removeprefix("base/") for key in tensors if key.startswith("base/")}
+    places |= {key: parameters[name] for key, name in base.items() if name in parameters}
     missing, unknown = sorted(set(places) - set(tensors)), sorted(set(tensors) - set(places))
     shapes = [key for key in tensors if key in places and tensors[key].shape != places[key].shape]
     if missing or unknown or shapes:
@@ -198,8 +194,8 @@ def read_tensors(root: nn.Module, mixture: Mixture, folder: Path) -> None:
     with torch.no_grad():
         for key, tensor in tensors.items():
             places[key].copy_(tensor)
-            if key.startswith("base/"):
-                places[key].requires_grad_()
+    for name in base.values():
+        parameters[name].requires_grad_()
 
 
 def owners(layers: Mapping[str, MoELoRALinear]) -> dict[str, MoELoRALinear]:

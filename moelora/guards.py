@@ -30,7 +30,9 @@ def guard(model: nn.Module, mixture: Mixture) -> list[Callable[[], None]]:
     if embeddings is not None:
         undo.append(embeddings.register_forward_hook(_InputGradients(model).require).remove)
     if hasattr(model, "save_pretrained"):
-        undo.append(_override(model, "save_pretrained", _SaveGuard(model).save_pretrained))
+        saving = _SaveGuard(model)
+        undo.append(_override(model, "save_pretrained", saving.save_pretrained))
+        undo.append(_override(model, "push_to_hub", saving.push_to_hub))
     undo.append(_override(model, DDP_IGNORED, [*getattr(model, DDP_IGNORED, []), *frozen_buffers(mixture)]))
     return undo
 
@@ -69,7 +71,7 @@ class _SaveGuard:
         self.model = model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        if "state_dict" not in kwargs:
+        if kwargs.get("state_dict") is None:
             raise ValueError(
                 "this model is patched: save_pretrained would write the base under names that from_pretrained does not "
                 f"find. Call moelora.save(model, {str(save_directory)!r}) for the mixture, or "
@@ -78,6 +80,12 @@ class _SaveGuard:
         if kwargs.get("is_main_process", True):
             root, mixture = find_mixture(self.model)
             write_checkpoint(root, mixture, save_directory, state_dict=kwargs["state_dict"])
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f"this model is patched: call moelora.push_to_hub(model, {str(repo_id)!r}) for the mixture, or "
+            "moelora.unpatch_model(model) first for the base"
+        )
 
 
 def is_checkpointing(model: nn.Module) -> bool:

@@ -6,7 +6,6 @@ Hooks are bound methods of small objects, so that a deep copy of the model copie
 import inspect
 import warnings
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,9 +26,12 @@ class StackHooks:
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
+        # looked up once: torch.compile does not trace a signature
+        self.names: dict[type[nn.Module], tuple[str, ...]] = {}
 
     def attach(self, stack: nn.Module) -> list[Any]:
         """Register the hooks on a stack."""
+        self.names[type(stack)] = argument_names(type(stack))
         return [
             stack.register_forward_pre_hook(self.begin, with_kwargs=True),
             stack.register_forward_hook(self.end, always_call=True),
@@ -37,7 +39,7 @@ class StackHooks:
 
     def begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A stack begins."""
-        values = dict(zip(argument_names(type(stack)), args, strict=False)) | kwargs
+        values = dict(zip(self.names[type(stack)], args, strict=False)) | kwargs
         start = cached_length(values) if self.tape.depth == 0 and self.tape.settings.given is not None else 0
         self.tape.begin(read_frame(values, self.tape), start=start)
 
@@ -62,6 +64,7 @@ class RootHooks(StackHooks):
         self.some_gradient = False
 
     def attach(self, stack: nn.Module) -> list[Any]:
+        self.names[type(stack)] = argument_names(type(stack))
         return [
             stack.register_forward_pre_hook(self.begin, with_kwargs=True),
             stack.register_forward_hook(self.add_losses, with_kwargs=True),
@@ -143,6 +146,10 @@ class RootHooks(StackHooks):
                 stacklevel=2,
             )
 
+    def watch_anew(self) -> None:
+        """Other tensors are trained from now on: the next training step is a first one."""
+        self.without_gradient, self.some_gradient = None, False
+
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model has parameters of its own to watch
         return {**self.__dict__, "without_gradient": None, "some_gradient": False}
@@ -160,7 +167,6 @@ class _GradientSeen:
             self.hooks.without_gradient.discard(self.name)
 
 
-@lru_cache(maxsize=256)
 def argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
     """Names of the positional arguments of a module's forward."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]

@@ -52,39 +52,41 @@ class MoELoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base(x)
-        settings = self.tape.current
-        if settings.disabled or not self.bank.owner_R.shape[0]:
+        base, tape = self.base(x), self.tape
+        settings, bank = tape.current, self.bank
+        if settings.disabled or not bank.total_rank:
             return base
 
         # who acts on which token
-        self.tape.leading = x.shape[:-1]
-        x_TD = x.reshape(-1, x.shape[-1])
+        shape = x.shape
+        tape.leading = shape[:-1]
+        x_TD = x.reshape(-1, shape[-1])
         if settings.fixed is not None:
-            routing, every_token = settings.fixed.routing(x.shape[:-1], x.device), False
+            routing, every_token, repeated = settings.fixed.routing(tape.leading, x.device), False, False
         else:
-            routing, every_token = self._route(x, x_TD), self.router.every_token
-        if self.tape.collecting:
-            self.tape.write(self.site, routing, reads_encoder=self.reads_encoder)
+            router = self.router
+            routing, repeated = self._route(router, x, x_TD)
+            every_token = router.every_token
+        if tape.collecting:
+            tape.write(self.site, routing, reads_encoder=self.reads_encoder, repeated=repeated)
 
         # add what they know
         if self.dropout and self.training:
             x_TD = F.dropout(x_TD, self.dropout)
         base_TO = base.reshape(-1, base.shape[-1])
-        mixed_TO = mix(
-            base_TO, x_TD, self.bank.factors(), routing, every_token=every_token, backend=self.backend
-        )
-        return self.tape.attach(self.site, mixed_TO, routing).reshape(base.shape)
+        mixed_TO = mix(base_TO, x_TD, bank.factors(), routing, every_token=every_token, backend=self.backend)
+        return tape.attach(self.site, mixed_TO, routing).reshape(base.shape)
 
-    def _route(self, x: Tensor, x_TD: Tensor) -> Routing:
+    def _route(self, router: AbstractRouter, x: Tensor, x_TD: Tensor) -> tuple[Routing, bool]:
+        """The router's answer, and whether it has given it to another layer already."""
         if not self.shared_router:
-            return self.router(x_TD, self.tape)
-        key = id(self.router)
-        routing = self.tape.shared(key, x)
-        if routing is None:
-            routing = self.router(x_TD, self.tape)
-            self.tape.share(key, x, routing)
-        return routing
+            return router(x_TD, self.tape), False
+        routing = self.tape.shared(id(router), x)
+        if routing is not None:
+            return routing, True
+        routing = router(x_TD, self.tape)
+        self.tape.share(id(router), x, routing)
+        return routing, False
 
     # models look at the projection that they think they hold
     @property

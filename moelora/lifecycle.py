@@ -11,9 +11,10 @@ from moelora.config import MoELoRAConfig
 from moelora.integrations.adapters import AdapterSource, load_adapters
 from moelora.integrations.families import linear_sizes
 from moelora.integrations.matching import match_adapter
+from moelora.integrations.sources import check_name
 from moelora.mixture import Mixture, find_mixture
 from moelora.patch import fresh_scale
-from moelora.routers.learned import Learned, LearnedRouter
+from moelora.routers.learned import Learned
 
 
 def add_expert(
@@ -52,6 +53,7 @@ def add_expert(
     if rank is not None:
         if rank < 1 or name is None:
             raise ValueError(f"a fresh expert needs a name and a rank of at least 1, got name={name!r}, rank={rank}")
+        check_name(name)
         experts, origin = _fresh(mixture, rank), AdapterSource(kind="fresh", location=f"rank {rank}")
     else:
         hub = {"token": token, "endpoint": endpoint, "cache_dir": cache_dir, "local_files_only": local_files_only}
@@ -70,6 +72,9 @@ def add_expert(
         router.add_experts([any(layer.bank.ranks[-1] for layer in layers)])
     mixture.names.append(name)
     mixture.sources.append(origin.to_dict())
+    if any(layer.bank.trainable[-1] for layer in mixture.layers.values()):
+        mixture.changed.add(name)
+    _forget_last_call(mixture)
 
 
 def remove_expert(model: nn.Module, name: str) -> None:
@@ -89,12 +94,15 @@ def remove_expert(model: nn.Module, name: str) -> None:
     for router, _ in _by_router(mixture):
         router.keep_experts([other for other in range(left + 1) if other != index])
     del mixture.names[index], mixture.sources[index]
+    mixture.changed.discard(name)
+    _forget_last_call(mixture)
 
 
 def set_trainable(model: nn.Module, *, routers: bool = True, experts: "bool | Iterable[str]" = False) -> None:
     """Choose what is trained. Everything else of the mixture is frozen; the base model's flags stay as they are.
 
-    Experts that become trainable are parameters from then on (fp32), so make the optimiser afterwards.
+    Experts that become trainable are parameters from then on, in fp32, so make the optimiser afterwards. Those that
+    are frozen go back to the base model's dtype.
 
     Args:
         model: a patched model.
@@ -111,8 +119,12 @@ def set_trainable(model: nn.Module, *, routers: bool = True, experts: "bool | It
         ids = [mixture.index(name) for name in ([experts] if isinstance(experts, str) else experts)]
     for layer in mixture.layers.values():
         layer.bank.set_trainable(ids)
+        # somebody may have frozen the whole model by hand
+        layer.bank.requires_grad_(True)
     for router in mixture.routers().values():
         router.requires_grad_(routers)
+    mixture.changed |= {mixture.names[index] for index in ids}
+    mixture.hooks.watch_anew()
 
 
 def _fresh(mixture: Mixture, rank: int) -> dict[str, Expert]:
@@ -130,10 +142,11 @@ def _placed(model: nn.Module, mixture: Mixture, adapter: Any) -> dict[str, Exper
     """An adapter's factors at each patched site."""
     sizes = {path: (layer.in_features, layer.out_features) for path, layer in mixture.layers.items()}
     root, _ = find_mixture(model)
+    inside = tuple(f"{site}." for site in sizes)
     others = {
         path: found
         for path, module in root.named_modules()
-        if ".base" not in path and path not in sizes and (found := linear_sizes(module)) is not None
+        if path not in sizes and not path.startswith(inside) and (found := linear_sizes(module)) is not None
     }
     match = match_adapter(adapter, sizes | others, model_type=mixture.base_model.get("model_type"))
     outside = [*(key for key, _ in match.unmatched), *(path for path in match.factors if path not in sizes)]
@@ -150,12 +163,16 @@ def _placed(model: nn.Module, mixture: Mixture, adapter: Any) -> dict[str, Exper
     }
 
 
+def _forget_last_call(mixture: Mixture) -> None:
+    """What was kept of the last call speaks of ids and tensors that are no more."""
+    mixture.tape.records.clear()
+    mixture.tape.leaves.clear()
+    mixture.hooks.watch_anew()
+
+
 def _by_router(mixture: Mixture) -> list[tuple[Any, list[Any]]]:
     """Each router once, with its layers."""
     layers: dict[int, list[Any]] = {}
     for layer in mixture.layers.values():
         layers.setdefault(id(layer.router), []).append(layer)
     return [(found[0].router, found) for found in layers.values()]
-
-
-__all__ = ["LearnedRouter", "add_expert", "remove_expert", "set_trainable"]

@@ -18,6 +18,7 @@ from moelora.aux_losses import weigh
 from moelora.config import MoELoRAConfig
 from moelora.hooks import RootHooks
 from moelora.layer import MoELoRALinear
+from moelora.routers.given import Given
 from moelora.routing import NO_EXPERT, Routing, join
 from moelora.surgery import Place
 from moelora.tape import FixedMixture, GivenIds, Record, Settings, Tape, changed
@@ -44,6 +45,8 @@ class Mixture:
         undo: what else has to be undone, last first.
         trainable_before: `requires_grad` of every parameter of the model before it was patched.
         base_model: id or description of the base, for the manifest.
+        changed: names of experts that their sources no longer hold as they are here: they have been trained, or were
+            read from a saved mixture's own folder.
     """
 
     config: MoELoRAConfig
@@ -57,6 +60,7 @@ class Mixture:
     undo: list[Any] = field(default_factory=list)
     trainable_before: dict[str, bool] = field(default_factory=dict)
     base_model: dict[str, Any] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
 
     def index(self, name: str) -> int:
         """The id of an expert.
@@ -155,9 +159,15 @@ def given_experts(
         rest: who takes the tokens behind the given ones, as in generation; without it such tokens are an error.
 
     Raises:
-        ValueError: for names and ids that the model does not have; in the call, if the shape does not fit the input.
+        ValueError: for names and ids that the model does not have, and for a model with another router; in the call,
+            if the shape does not fit the input.
     """
     _, mixture = find_mixture(model)
+    if not isinstance(mixture.config.router, Given):
+        raise ValueError(
+            f"this model's router would not look at given ids: it is {mixture.config.router}; "
+            'patch with router="given", or fix experts with moelora.use_experts'
+        )
     tensor = given_tensor(mixture, ids)
     last = None if rest is None else int(given_tensor(mixture, rest))
     with _settings(model, given=GivenIds(ids=tensor, rest=last)):
@@ -287,14 +297,22 @@ def _row(mixture: Mixture, row: RowMixture) -> list[tuple[int, float]]:
 def given_tensor(mixture: Mixture, ids: "str | int | Sequence[str | int] | Tensor") -> Int[Tensor, "..."]:
     """Names or ids as a tensor of ids, checked."""
     if isinstance(ids, Tensor):
-        if ids.is_floating_point() or ids.ndim > 3:
-            raise ValueError(f"ids must be integers of shape (), (B,), (B, L) or (B, L, K), got {ids.dtype} {ids.shape}")
-        tensor = ids.long()
+        tensor = ids
     elif isinstance(ids, str | int):
         tensor = torch.tensor(mixture.index(ids) if isinstance(ids, str) else ids)
     else:
-        tensor = torch.tensor([mixture.index(entry) if isinstance(entry, str) else entry for entry in ids])
-    if tensor.numel() and not (NO_EXPERT <= int(tensor.min()) and int(tensor.max()) < len(mixture.names)):
+        rows = [mixture.index(entry) if isinstance(entry, str) else entry for entry in ids]
+        try:
+            tensor = torch.tensor(rows)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"ids must be names or integers, as many in every row; got {ids!r}") from error
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.ndim > 3 or not tensor.numel():
+        raise ValueError(
+            "ids must be integers of shape (), (B,), (B, L) or (B, L, K), "
+            f"got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    tensor = tensor.long()
+    if not (NO_EXPERT <= int(tensor.min()) and int(tensor.max()) < len(mixture.names)):
         raise ValueError(
             f"ids must lie between -1 (base model) and {len(mixture.names) - 1}, "
             f"got {int(tensor.min())} to {int(tensor.max())}"

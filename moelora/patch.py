@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moelora.bank import ExpertBank, fresh_expert
+from moelora.base_model import describe_base
 from moelora.config import MoELoRAConfig, RouterConfig, resolve_router
 from moelora.guards import guard
 from moelora.hooks import RootHooks
@@ -147,6 +148,7 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
         hooks=hooks,
         trainable_before={name: parameter.requires_grad for name, parameter in model.named_parameters()},
         base_model=describe_base(model),
+        changed={expert.name for expert in plan.experts if expert.trainable},
     )
 
     model.requires_grad_(False)
@@ -233,19 +235,6 @@ def describe(site: Site, layer: MoELoRALinear) -> dict[str, Any]:
     }
 
 
-def describe_base(model: nn.Module) -> dict[str, Any]:
-    """What the manifest says of the base model: enough to notice another one, no path of anybody's disk."""
-    config = getattr(model, "config", None)
-    name = str(getattr(model, "name_or_path", "") or "")
-    looks_like_id = name.count("/") <= 1 and name[:1] not in {"", ".", "/", "~"} and "\\" not in name
-    return {
-        "class": type(model).__name__,
-        "model_type": getattr(config, "model_type", None),
-        "name": name if looks_like_id else None,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-
-
 def refuse_patched(model: nn.Module) -> None:
     """Raise if the model carries a mixture or PEFT layers already."""
     if is_patched(model):
@@ -260,7 +249,11 @@ def refuse_patched(model: nn.Module) -> None:
 
 def _resolve_config(config: MoELoRAConfig | None, router: Any, top_k: int) -> MoELoRAConfig:
     if config is None:
+        if not isinstance(router, str) and top_k != 2:
+            raise ValueError(f"top_k is given twice; set it in the router's configuration: Learned(top_k={top_k})")
         return MoELoRAConfig(router=resolve_router(router, top_k=top_k))
+    if not isinstance(config, MoELoRAConfig):
+        raise ValueError(f"config must be a MoELoRAConfig, got {type(config).__name__}")
     if router != "learned" or top_k != 2:
         raise ValueError("the router is given twice; with config=, set it there: MoELoRAConfig(router=Learned(top_k=4))")
     return config

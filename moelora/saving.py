@@ -1,24 +1,25 @@
 """Save a mixture, load it, share it, export it. Begin with save and load."""
 
-import logging
+import math
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import moelora
-from moelora.folder import Manifest, parts_of, read_manifest, read_tensors, write_mixture
-from moelora.integrations.adapters import load_adapters
+from moelora.base_model import check_base
+from moelora.folder import parts_of, put_tensors, read_tensors, write_mixture
+from moelora.integrations.adapters import Adapter, load_adapters
 from moelora.integrations.card import model_card
 from moelora.integrations.hub import download_mixture, upload_folder
 from moelora.integrations.peft_folder import concatenate, write_adapter
-from moelora.mixture import Mixture, find_mixture
-from moelora.patch import carry_out, describe_base, refuse_patched, unpatch_model
-from moelora.plan import Plan, make_plan
-
-logger = logging.getLogger("moelora")
+from moelora.manifest import ExpertEntry, Manifest, read_manifest
+from moelora.mixture import find_mixture
+from moelora.patch import carry_out, refuse_patched, unpatch_model
+from moelora.plan import ExpertPlan, Plan, make_plan
 
 
 def save(model: nn.Module, folder: "str | Path", *, include_experts: bool = False) -> None:
@@ -64,19 +65,19 @@ def load(
     """
     refuse_patched(model)
     hub = {"token": token, "endpoint": endpoint, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    folder = _locate(str(folder_or_repo_id), revision, hub)
+    folder, from_hub = _locate(folder_or_repo_id, revision, hub)
     manifest = read_manifest(folder)
-    _check_base(model, manifest)
+    tensors = read_tensors(folder)
+    restored = [_name_in_base(key.removeprefix("base/"), manifest) for key in tensors if key.startswith("base/")]
+    check_base(model, manifest.base_model, sites=manifest.sites, restored=restored)
 
-    sources = {entry["name"]: _source(entry, folder, experts or {}) for entry in manifest.experts}
+    moved = dict(experts or {})
+    if unknown := sorted(set(moved) - {entry.name for entry in manifest.experts}):
+        raise ValueError(f"the mixture has no experts {unknown}; it has {[entry.name for entry in manifest.experts]}")
+    sources = {entry.name: _source(entry, folder, moved, from_hub=from_hub) for entry in manifest.experts}
     adapters = load_adapters(sources, strict=False, progress=progress, **hub)
     for entry, adapter in zip(manifest.experts, adapters, strict=True):
-        expected = entry["source"].get("sha256")
-        if entry["folder"] is None and expected is not None and adapter.source.sha256 != expected:
-            raise ValueError(
-                f"expert {adapter.name!r} is not the one this mixture was saved with: the sha-256 of its weights is "
-                f"{adapter.source.sha256}, expected {expected}"
-            )
+        _check_adapter(entry, adapter)
 
     plan = make_plan(
         model,
@@ -86,18 +87,20 @@ def load(
         strict=False,
         probe_inputs=probe_inputs,
     )
-    _check_plan(plan, manifest)
+    plan = _as_saved(plan, manifest)
     carry_out(model, plan)
     try:
         _, mixture = find_mixture(model)
-        mixture.sources = [dict(entry["source"]) for entry in manifest.experts]
-        for layer in mixture.layers.values():
-            trainable = [index for index, entry in enumerate(manifest.experts) if entry["trainable"]]
-            layer.bank.set_trainable(trainable)
-        read_tensors(model, mixture, folder)
-    except ValueError:
+        put_tensors(model, mixture, tensors)
+    except BaseException:
         unpatch_model(model)
         raise
+    mixture.base_model = manifest.base_model
+    for number, entry in enumerate(manifest.experts):
+        if entry.name not in moved:
+            mixture.sources[number] = entry.source.to_dict()
+            if entry.folder is not None:
+                mixture.changed.add(entry.name)
     return model
 
 
@@ -114,7 +117,7 @@ def push_to_hub(
 ) -> str:
     """Save a mixture with a model card and upload it.
 
-    Experts that came from a local folder are included, since nobody else could load them.
+    Experts that did not come from a hub are included, since nobody else could load them.
 
     Returns:
         The address of the commit.
@@ -123,10 +126,9 @@ def push_to_hub(
         ValueError: as `save`, and if the hub refuses.
     """
     root, mixture = find_mixture(model)
-    local = any(source["kind"] == "folder" for source in mixture.sources)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_mixture(root, mixture, folder, include_experts=include_experts or local)
+        write_mixture(root, mixture, folder, include_experts=include_experts, reloadable=["hub"])
         (folder / "README.md").write_text(_card(folder, repo_id, metrics), encoding="utf-8")
         pushed = upload_folder(
             folder, repo_id, token=token, endpoint=endpoint, private=private, commit_message=commit_message
@@ -143,13 +145,15 @@ def export_adapter(model: nn.Module, folder: "str | Path", *, weights: "str | Ma
         weights: weight of each expert, on top of its own trained scale; or one expert's name, for weight 1.
 
     Raises:
-        ValueError: for an unknown name, or if no expert has a weight.
+        ValueError: for an unknown name, a weight that is not finite, or if no expert has a weight.
     """
     _, mixture = find_mixture(model)
     wanted = {weights: 1.0} if isinstance(weights, str) else dict(weights)
     indices = {mixture.index(name): float(weight) for name, weight in wanted.items()}
+    if not all(map(math.isfinite, indices.values())):
+        raise ValueError(f"weights must be finite, got {wanted}")
     if not any(indices.values()):
-        raise ValueError("all weights are zero; the mixture would be the base model")
+        raise ValueError(f"no expert has a weight in {wanted}; the mixture would be the base model")
     parts = {index: parts_of(mixture, index) for index in indices}
     experts = {
         path: concatenate([(parts[index][path], weight) for index, weight in indices.items()])
@@ -163,82 +167,122 @@ def export_adapter(model: nn.Module, folder: "str | Path", *, weights: "str | Ma
     )
 
 
-def _locate(place: str, revision: str | None, hub: dict[str, Any]) -> Path:
-    """The local folder of a mixture: as it is, or downloaded."""
-    if Path(place).expanduser().is_dir():
-        return Path(place).expanduser()
-    if place.startswith((".", "/", "~")):
-        raise ValueError(f"there is no folder {place!r}")
+def _locate(place: "str | Path", revision: str | None, hub: dict[str, Any]) -> tuple[Path, bool]:
+    """The local folder of a mixture, as it is or downloaded, and whether it was downloaded."""
+    folder = Path(place).expanduser()
+    if folder.is_dir():
+        return folder, False
+    if isinstance(place, Path) or place.startswith((".", "/", "~")):
+        raise ValueError(f"there is no folder {str(place)!r}; expected one that moelora.save wrote, or a hub id")
     repo_id, _, own_revision = place.partition("@")
     folder, _ = download_mixture(repo_id, revision=own_revision or revision, **hub)
-    return folder
+    return folder, True
 
 
-def _source(entry: Mapping[str, Any], folder: Path, moved: Mapping[str, Any]) -> Any:
+def _source(entry: ExpertEntry, folder: Path, moved: Mapping[str, Any], *, from_hub: bool) -> Any:
     """Where to read an expert from: a new place, the mixture's own folder, or where it came from."""
-    name, source = entry["name"], entry["source"]
+    name, source = entry.name, entry.source
     if name in moved:
         return moved[name]
-    if entry["folder"] is not None:
-        return folder / entry["folder"]
-    if source["kind"] == "folder":
-        if not Path(source["location"]).is_dir():
+    if entry.folder is not None:
+        return folder / entry.folder
+    if source.kind == "folder":
+        if from_hub:
             raise ValueError(
-                f"expert {name!r} was read from {source['location']!r}, which is not there; say where it is now with "
+                f"expert {name!r} lies on the disk of whoever made this mixture; ask for one that was pushed with "
+                f"moelora.push_to_hub, or say with experts={{{name!r}: ...}} where you have it"
+            )
+        if not Path(source.location).is_dir():
+            raise ValueError(
+                f"expert {name!r} was read from {source.location!r}, which is not there; say where it is now with "
                 f"experts={{{name!r}: ...}}, or save the mixture with include_experts=True"
             )
-        return Path(source["location"])
-    subfolder = f":{source['subfolder']}" if source.get("subfolder") else ""
-    return f"{source['location']}@{source['commit']}{subfolder}"
+        return Path(source.location)
+    return f"{source.location}@{source.commit}" + (f":{source.subfolder}" if source.subfolder else "")
 
 
-def _check_base(model: nn.Module, manifest: Manifest) -> None:
-    own = describe_base(model)
-    for key in ("model_type", "parameters"):
-        if own[key] != manifest.base_model.get(key):
-            raise ValueError(
-                f"this is not the base model of the mixture: its {key} is {own[key]!r}, "
-                f"expected {manifest.base_model.get(key)!r} ({manifest.base_model.get('name')})"
-            )
+def _check_adapter(entry: ExpertEntry, adapter: Adapter) -> None:
+    """The weights must be the ones that were saved; in memory they have no digest to compare."""
+    if entry.sha256 is not None and adapter.source.sha256 != entry.sha256:
+        raise ValueError(
+            f"expert {entry.name!r} is not the one this mixture was saved with: the sha-256 of its weights at "
+            f"{str(adapter.source)!r} is {adapter.source.sha256}, expected {entry.sha256}"
+        )
 
 
-def _check_plan(plan: Plan, manifest: Manifest) -> None:
-    """The experts must stand where they stood."""
-    paths = {site.path for site in plan.sites}
-    missing = sorted(set(manifest.sites) - paths)
+def _as_saved(plan: Plan, manifest: Manifest) -> Plan:
+    """The plan with every expert as it stood: the same sites and ranks, its exact scales, frozen or trainable."""
+    missing = sorted(set(manifest.sites) - {site.path for site in plan.sites})
     if missing:
         raise ValueError(f"{len(missing)} sites of the mixture are not in this model, such as {missing[:3]}")
-    for site in plan.sites:
-        expected = tuple(entry["ranks"].get(site.path, 0) for entry in manifest.experts)
-        if plan.ranks(site.path) != expected:
-            raise ValueError(
-                f"the experts at {site.path!r} have the ranks {plan.ranks(site.path)}, but were saved with {expected}; "
-                "an expert has changed at its source"
-            )
+    experts = tuple(
+        _expert_as_saved(expert, entry) for expert, entry in zip(plan.experts, manifest.experts, strict=True)
+    )
+    return replace(plan, experts=experts)
+
+
+def _expert_as_saved(expert: ExpertPlan, entry: ExpertEntry) -> ExpertPlan:
+    assert expert.factors is not None
+    factors = {path: found for path, found in expert.factors.items() if path in entry.ranks}
+    differing = [
+        path
+        for path, rank in entry.ranks.items()
+        if path not in factors
+        or factors[path].A_RD.shape[0] != rank
+        or not math.isclose(factors[path].scale, entry.scales[path], rel_tol=1e-9)
+    ]
+    if differing or len(factors) < len(expert.factors):
+        raise ValueError(
+            f"expert {entry.name!r} has changed at its source: its ranks or scales at {len(differing)} of "
+            f"{len(entry.ranks)} sites are not those that were saved, such as {differing[:3]}"
+        )
+    exact = {path: replace(found, scale=entry.scales[path]) for path, found in factors.items()}
+    return replace(expert, factors=exact, trainable=entry.trainable)
+
+
+def _name_in_base(name: str, manifest: Manifest) -> str:
+    """The name that a parameter of the patched model has in the base."""
+    site = name.rpartition(".base.")[0]
+    return f"{site}.{name.removeprefix(f'{site}.base.')}" if site in manifest.sites else name
+
+
+AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForImageClassification": "AutoModelForImageClassification",
+}
+"""The transformers class that loads a base, by the ending of its own class name; "AutoModel" for any other."""
 
 
 def _card(folder: Path, repo_id: str, metrics: "Mapping[str, Any] | None") -> str:
     manifest = read_manifest(folder)
+    base_class = str(manifest.base_model.get("class"))
+    experts = [
+        {
+            "name": entry.name,
+            "source": entry.source.to_dict(),
+            "folder": entry.folder,
+            "sha256": entry.sha256,
+            "ranks": entry.ranks,
+            "scales": entry.scales,
+        }
+        for entry in manifest.experts
+    ]
+    auto_classes = (auto_class for ending, auto_class in AUTO_CLASSES.items() if base_class.endswith(ending))
     return model_card(
         {
             "repo_id": repo_id,
             "base_model": manifest.base_model.get("name"),
+            "auto_class": next(auto_classes, "AutoModel"),
             "router": manifest.config.to_dict()["router"],
             "sites": list(manifest.sites),
-            "experts": [
-                {
-                    "name": entry["name"],
-                    "source": entry["source"]["location"],
-                    **{key: entry["source"].get(key) for key in ("revision", "commit", "sha256")},
-                    "ranks": sorted(set(entry["ranks"].values())),
-                    "scales": sorted(set(entry["scales"].values())),
-                }
-                for entry in manifest.experts
-            ],
+            "experts": experts,
             "package_version": moelora.__version__,
             "metrics": metrics,
         }
     )
-
-
-__all__ = ["Mixture", "export_adapter", "load", "push_to_hub", "save"]

@@ -71,10 +71,14 @@ class Frame(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One routing of one site in one call, and which of its tokens are real (None: all)."""
+    """One routing of one site in one call, and which of its tokens are real (None: all).
+
+    `repeated` marks the answer of a shared router that another site has written already: losses count it once.
+    """
 
     routing: Routing
     valid_T: Tensor | None
+    repeated: bool = False
 
 
 @dataclass
@@ -159,9 +163,9 @@ class Tape:
         """
         self._shared[key] = (weakref.ref(x), routing)
 
-    def write(self, site: str, routing: Routing, *, reads_encoder: bool = False) -> None:
+    def write(self, site: str, routing: Routing, *, reads_encoder: bool = False, repeated: bool = False) -> None:
         """Keep a site's routing for losses and recordings."""
-        record = Record(routing, self.valid_tokens(reads_encoder=reads_encoder))
+        record = Record(routing, self.valid_tokens(reads_encoder=reads_encoder), repeated)
         if self._collecting:
             self.records.setdefault(site, []).append(record)
         for recording in self.recordings:
@@ -174,8 +178,8 @@ class Tape:
         loss sends into a leaf reaches the router when `attach` meets the same routing in the second pass.
         """
         for site, records in self.records.items() if torch.is_grad_enabled() else ():
-            for index, (routing, valid_T) in enumerate(records):
-                if routing.logits_TE is not None and not routing.logits_TE.requires_grad:
+            for index, (routing, valid_T, repeated) in enumerate(records):
+                if routing.logits_TE is not None and not routing.logits_TE.requires_grad and not repeated:
                     leaf = routing._replace(
                         logits_TE=routing.logits_TE.detach().requires_grad_(),
                         weights_TK=routing.weights_TK.detach().requires_grad_(),

@@ -16,7 +16,8 @@ BACKENDS = ["dense", "gathered"]
 
 
 def as_dtype(factors, dtype):
-    cast = [part.to(dtype) if part is not None and part.is_floating_point() else part for part in factors]
+    floating = [isinstance(part, torch.Tensor) and part.is_floating_point() for part in factors]
+    cast = [part.to(dtype) if is_floating else part for part, is_floating in zip(factors, floating, strict=True)]
     return factors._replace(**dict(zip(factors._fields, cast, strict=True)))
 
 
@@ -87,6 +88,33 @@ def test_rows_without_experts_are_the_base(backend, problem):
 
         idle_T = ~active_tokens(routing)[:, 0]
         assert torch.equal(ours_TO[idle_T].view(torch.int32), base_TO[idle_T].view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(st.integers(1, 6), st.integers(1, 5), st.booleans(), st.integers(0, 1000), st.data())
+def test_a_decode_step_is_no_worse_than_the_reference(dtype, num_experts, rank, one_scale, seed, data):
+    """The short way for one token, with one scale and with several, in what "auto" makes of it."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = [0.5] * num_experts if one_scale else [0.5 + index for index in range(num_experts)]
+    some = [
+        Expert(torch.randn(rank, D, generator=generator), torch.randn(rank, O, generator=generator), scale)
+        for scale in scales
+    ]
+    factors = ExpertBank.stack(some, in_features=D, out_features=O, dtype=dtype).factors()
+    chosen = data.draw(st.integers(1, num_experts))
+    experts_TK = torch.randperm(num_experts, generator=generator)[None, :chosen]
+    routing = Routing(experts_TK, torch.rand(1, chosen, generator=generator))
+    x_TD = torch.randn(1, D, generator=generator).to(dtype)
+    base_TO = torch.randn(1, O, generator=generator).to(dtype)
+    assert factors.rank == rank
+    assert (factors.scale == 0.5) == (one_scale or num_experts == 1)
+    exact_TO = reference.mix(base_TO.double(), x_TD.double(), as_dtype(factors, torch.float64), routing)
+
+    eager_TO = reference.mix(base_TO, x_TD, factors, routing)
+    ours_TO = mix(base_TO, x_TD, factors, routing, every_token=True)
+
+    unit = torch.finfo(dtype).eps * (1 + exact_TO.abs().max().item())
+    assert (ours_TO - exact_TO).norm() <= 2 * (eager_TO - exact_TO).norm() + unit
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -48,7 +48,7 @@ def enable_checkpointing(model, *, reentrant):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "qwen3_moe", "zamba2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "qwen3_moe", "zamba2"])
 def test_checkpointing_changes_no_loss_and_no_gradient(family, reentrant):
     """A layer's forward runs twice; its routing counts once, and its gradient arrives."""
     model = patched(family)

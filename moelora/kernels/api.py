@@ -34,6 +34,8 @@ def mix(
     """
     if backend == "auto":
         backend = choose(routing.experts_TK.shape, factors)
+        if backend == "gathered" and every_token and x_TD.shape[0] == 1 and fits_one_token(x_TD, base_TO, factors):
+            return torch_paths.one_token(base_TO, x_TD, factors, routing)
     if backend == "dense":
         return torch_paths.dense(base_TO, x_TD, factors, routing, every_token=every_token)
     if backend == "gathered":
@@ -48,3 +50,8 @@ def choose(shape_TK: tuple[int, ...], factors: Factors) -> str:
     tokens, chosen = shape_TK
     rows, widest = factors.A_RD.shape[0], factors.rows_FP.shape[1]
     return "gathered" if tokens * chosen * widest <= rows else "dense"
+
+
+def fits_one_token(x_TD: Tensor, base_TO: Tensor, factors: Factors) -> bool:
+    """Whether the short way for a single token computes the same: one rank, no biases, one dtype."""
+    return factors.rank is not None and factors.bias_EO is None and x_TD.dtype is base_TO.dtype

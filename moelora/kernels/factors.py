@@ -1,10 +1,12 @@
 """What the kernels see of a bank. Begin with Factors."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Factors(NamedTuple):
@@ -21,6 +23,9 @@ class Factors(NamedTuple):
             largest rank P.
         fill_FP: fp32, the expert's scale where `rows_FP` is a row of its own, 0 where it is filled up.
         bias_EO: an output bias of each expert, scaled and weighted as its rows are; None where no expert has one.
+        rank: the rank of all experts, if it is one and their rows stand in the order of their ids; else None. Then
+            `A_RD` is also a (E, rank * D) table of experts.
+        scale: the scale of all experts, if it is one; else None.
     """
 
     A_RD: Float[Tensor, "R D"]
@@ -30,18 +35,41 @@ class Factors(NamedTuple):
     rows_FP: Int[Tensor, "F P"]
     fill_FP: Float[Tensor, "F P"]
     bias_EO: Float[Tensor, "E O"] | None = None
+    rank: int | None = None
+    scale: float | None = None
 
 
-def index_rows(starts: tuple[int, ...], ranks: tuple[int, ...], scales: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """The index tensors of `Factors` for experts whose rows begin at `starts`: scale_E, owner_R, rows_FP, fill_FP."""
-    experts, total, widest = len(ranks), sum(ranks), max(ranks, default=0)
-    owner_R = torch.zeros(total, dtype=torch.long)
-    rows_FP = torch.zeros(experts + 1, widest, dtype=torch.long)
-    fill_FP = torch.zeros(experts + 1, widest, dtype=torch.float32)
-    for expert, (start, rank, scale) in enumerate(zip(starts, ranks, scales, strict=True)):
-        owner_R[start : start + rank] = expert
-        if rank:
-            # filled up with rows of its own, so that one expert never reads another's numbers
-            rows_FP[expert] = torch.arange(widest).clamp(max=rank - 1) + start
-            fill_FP[expert, :rank] = scale
-    return torch.tensor(scales, dtype=torch.float32), owner_R, rows_FP, fill_FP
+def common_rank(starts: tuple[int, ...], ranks: tuple[int, ...]) -> int | None:
+    """The rank of all experts, if it is one, not 0, and their rows stand in the order of their ids."""
+    rank = ranks[0] if ranks else 0
+    in_order = all(start == rank * index for index, start in enumerate(starts))
+    return rank if rank and set(ranks) == {rank} and in_order else None
+
+
+def common_scale(scales: tuple[float, ...]) -> float | None:
+    """The scale of all experts, if it is one."""
+    return scales[0] if len(set(scales)) == 1 else None
+
+
+@lru_cache(maxsize=64)
+def index_rows(
+    starts: tuple[int, ...], ranks: tuple[int, ...], scales: tuple[float, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The index tensors of `Factors` for experts whose rows begin at `starts`: scale_E, owner_R, rows_FP, fill_FP.
+
+    Sites that hold the same experts share them; nobody writes to them.
+    """
+    starts_E1 = torch.tensor(starts, dtype=torch.long).view(-1, 1)
+    ranks_E1 = torch.tensor(ranks, dtype=torch.long).view(-1, 1)
+    scale_E = torch.tensor(scales, dtype=torch.float32)
+    places_P = torch.arange(max(ranks, default=0))
+
+    # filled up with rows of its own, so that one expert never reads another's numbers; the last row is "no expert"
+    own_EP = places_P < ranks_E1
+    rows_EP = torch.where(ranks_E1 > 0, starts_E1 + torch.minimum(places_P, (ranks_E1 - 1).clamp(min=0)), 0)
+    rows_FP = F.pad(rows_EP, (0, 0, 0, 1))
+    fill_FP = F.pad(own_EP * scale_E[:, None], (0, 0, 0, 1))
+
+    owner_R = torch.zeros(sum(ranks), dtype=torch.long)
+    owner_R[rows_EP[own_EP]] = torch.arange(len(ranks)).repeat_interleave(ranks_E1[:, 0])
+    return scale_E, owner_R, rows_FP, fill_FP

@@ -30,22 +30,14 @@ def gathered(
     base_TO: Float[Tensor, "T O"], x_TD: Float[Tensor, "T D"], factors: Factors, routing: Routing, *, every_token: bool
 ) -> Float[Tensor, "T O"]:
     """Fetch the rows of the experts that each token chose, and multiply by these alone."""
-    tokens, chosen = routing.experts_TK.shape
     # -1, "no expert", is the last row of both tables
     rows_TN = factors.rows_FP[routing.experts_TK].flatten(1)
-    gate_TKP = factors.fill_FP[routing.experts_TK] * routing.weights_TK[..., None]
-    gate_TN = gate_TKP.flatten(1)
+    gate_TN = (factors.fill_FP[routing.experts_TK] * routing.weights_TK[..., None]).flatten(1)
 
-    if tokens == 1:
-        rows_N = rows_TN[0]
-        hidden_TN = F.linear(x_TD, factors.A_RD.index_select(0, rows_N).to(x_TD.dtype))
-        gated_TN = (hidden_TN * gate_TN).to(x_TD.dtype)
-        delta_TO = gated_TN @ factors.B_RO.index_select(0, rows_N).to(x_TD.dtype)
-    else:
-        A_TND = factors.A_RD[rows_TN].to(x_TD.dtype)
-        hidden_TN = (A_TND @ x_TD[..., None])[..., 0]
-        gated_TN = (hidden_TN * gate_TN).to(x_TD.dtype)
-        delta_TO = (gated_TN[:, None] @ factors.B_RO[rows_TN].to(x_TD.dtype))[:, 0]
+    A_TND = factors.A_RD[rows_TN].to(x_TD.dtype)
+    hidden_TN = (A_TND @ x_TD[..., None])[..., 0]
+    gated_TN = (hidden_TN * gate_TN).to(x_TD.dtype)
+    delta_TO = (gated_TN[:, None] @ factors.B_RO[rows_TN].to(x_TD.dtype))[:, 0]
 
     if factors.bias_EO is not None:
         empty_1O = factors.bias_EO.new_zeros(1, factors.bias_EO.shape[1])
@@ -53,6 +45,25 @@ def gathered(
         gate_TK = routing.weights_TK * F.pad(factors.scale_E, (0, 1))[routing.experts_TK]
         delta_TO = delta_TO + (gate_TK.to(x_TD.dtype)[:, None] @ bias_FO[routing.experts_TK])[:, 0]
     return add(base_TO, delta_TO, routing, every_token=every_token)
+
+
+def one_token(
+    base_1O: Float[Tensor, "1 O"], x_1D: Float[Tensor, "1 D"], factors: Factors, routing: Routing
+) -> Float[Tensor, "1 O"]:
+    """`gathered` for one token that has only real experts, all of one rank: a decode step, where each call counts."""
+    experts, rank, dtype = factors.scale_E.shape[0], factors.rank, x_1D.dtype
+    assert rank is not None
+    experts_K = routing.experts_TK[0]
+    A_ND = factors.A_RD.view(experts, -1).index_select(0, experts_K).view(-1, x_1D.shape[1])
+    B_NO = factors.B_RO.view(experts, -1).index_select(0, experts_K).view(-1, base_1O.shape[1])
+
+    gate_K1, scale = routing.weights_TK.view(-1, 1), factors.scale
+    if scale is None:
+        gate_K1, scale = gate_K1 * factors.scale_E.index_select(0, experts_K)[:, None], 1.0
+    if dtype is not torch.float32:
+        A_ND, B_NO = A_ND.to(dtype), B_NO.to(dtype)
+    gated_1N = (F.linear(x_1D, A_ND).view(-1, rank) * gate_K1).view(1, -1)
+    return torch.addmm(base_1O, gated_1N.to(base_1O.dtype), B_NO.to(base_1O.dtype), alpha=scale)
 
 
 def add(base_TO: Tensor, delta_TO: Tensor, routing: Routing, *, every_token: bool) -> Tensor:

@@ -97,12 +97,11 @@ class LearnedRouter(AbstractRouter):
             logits_TE = logits_TE.masked_fill(~self.available_E, -torch.inf)
 
         # choose by score, with the balancing bias if there is one
-        ranking_TE = logits_TE if self.balance_bias_E is None else logits_TE + self.balance_bias_E
-        if self.balance_bias_E is None:
-            chosen_TK, experts_TK = ranking_TE.topk(self.top_k, dim=-1)
-        else:
-            experts_TK = ranking_TE.topk(self.top_k, dim=-1).indices
+        if self.config.balance_bias_speed:
+            experts_TK = (logits_TE + self.balance_bias_E).topk(self.top_k, dim=-1).indices
             chosen_TK = logits_TE.gather(-1, experts_TK)
+        else:
+            chosen_TK, experts_TK = logits_TE.topk(self.top_k, dim=-1)
 
         return Routing(experts_TK, self._weights(chosen_TK, logits_TE), logits_TE)
 
@@ -136,16 +135,21 @@ class LearnedRouter(AbstractRouter):
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _scores(self, x_TD: Tensor, tape: Tape) -> Tensor:
+        device = x_TD.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._scores(x_TD, tape)
+
         # fp32: in bf16 the ties between experts fall by chance, and top-k then depends on the batch
-        with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = x_TD.float()
-            logits_TE = F.linear(x_TD, self.weight_ED.float())
-            if self.noise_weight_ED is not None and self.training:
-                spread_TE = F.softplus(F.linear(x_TD, self.noise_weight_ED.float()))
-                noise_TE = torch.randn(
-                    logits_TE.shape, generator=tape.generator, device=logits_TE.device, dtype=logits_TE.dtype
-                )
-                logits_TE = logits_TE + noise_TE * spread_TE
+        x_TD = x_TD.float()
+        logits_TE = F.linear(x_TD, self.weight_ED.float())
+        if self.config.noisy and self.training:
+            assert self.noise_weight_ED is not None
+            spread_TE = F.softplus(F.linear(x_TD, self.noise_weight_ED.float()))
+            noise_TE = torch.randn(
+                logits_TE.shape, generator=tape.generator, device=logits_TE.device, dtype=logits_TE.dtype
+            )
+            logits_TE = logits_TE + noise_TE * spread_TE
         return logits_TE if self.config.temperature == 1.0 else logits_TE / self.config.temperature
 
     def _weights(self, chosen_TK: Tensor, logits_TE: Tensor) -> Tensor:
