@@ -16,6 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,7 +78,7 @@ def time_loading(folders: list[Path], layers: int, width: int, repeats: int) -> 
         read.append(seconds(lambda: [load_file(folder / "adapter_model.safetensors") for folder in folders]))
         model = toy(layers, width)
         sources = {f"a{folder.name}": folder for folder in folders}
-        mixed.append(seconds(lambda model=model: moelora.patch_model(model, sources, progress=False)))
+        mixed.append(seconds(partial(moelora.patch_model, model, sources, progress=False)))
 
     names = [f"a{folder.name}" for folder in folders]
     start = time.perf_counter()
@@ -162,12 +163,13 @@ def main() -> None:
         times = in_turns(decode_variants(folders, options.layers, options.width, experts, peft), options.repeats)
 
     read = loading["read the files (safetensors)"]
+    size = f"{options.layers} layers of width {options.width}"
     rows = [("load", name, f"{value:.2f} s", value / read) for name, value in loading.items()]
     base = statistics.median(times["base"])
     for name, values in times.items():
         middle = statistics.median(values)
         rows.append(("decode one token", name, f"{middle:.1f} ms", middle / base))
-    print(f"\n{options.adapters} adapters of rank {options.rank} on q, k, v, o of {options.layers} layers, width {options.width}")
+    print(f"\n{options.adapters} adapters of rank {options.rank} on q, k, v, o of {size}")
     print(f"torch {torch.__version__}, {options.threads} thread(s), {platform.processor() or platform.machine()}\n")
     print(f"{'what':<18}{'variant':<52}{'median':>10}{'ratio':>9}")
     for what, name, median, ratio in rows:

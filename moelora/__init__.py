@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from moelora.config import AuxLosses as AuxLosses
     from moelora.config import MoELoRAConfig as MoELoRAConfig
-    from moelora.integrations.adapters import AdapterError as AdapterError
     from moelora.integrations.adapter_report import inspect_adapter as inspect_adapter
+    from moelora.integrations.adapters import AdapterError as AdapterError
     from moelora.lifecycle import add_expert as add_expert
     from moelora.lifecycle import remove_expert as remove_expert
     from moelora.lifecycle import set_trainable as set_trainable

@@ -63,6 +63,10 @@ class ExpertBank(nn.Module):
         trainable: which experts are parameters.
     """
 
+    scale_E: Tensor
+    owner_R: Tensor
+    rows_FP: Tensor
+    fill_FP: Tensor
     A_frozen_RD: Tensor
     B_frozen_RO: Tensor
     bias_frozen_EO: Tensor | None
@@ -126,7 +130,8 @@ class ExpertBank(nn.Module):
         begin, rank = self._starts_of_kind[index], self.ranks[index]
         bias_O = None
         if self.trainable[index]:
-            assert self.A_trainable_RD is not None and self.B_trainable_RO is not None
+            assert self.A_trainable_RD is not None
+            assert self.B_trainable_RO is not None
             A_RD, B_RO, biases = self.A_trainable_RD.detach(), self.B_trainable_RO.detach(), self.bias_trainable_EO
         else:
             A_RD, B_RO, biases = self.A_frozen_RD, self.B_frozen_RO, self.bias_frozen_EO

@@ -1,8 +1,8 @@
 """A mixture as a folder: what is written, and how it is read back. Begin with write_mixture.
 
-    moelora_config.json     schema version, options, sites, and for each expert its source, commit, hash, ranks and scales
-    routers.safetensors     the routers, and parameters of the base model that were trained beside them
-    experts/000/ ...        experts as plain PEFT folders, where they are included
+moelora_config.json     schema version, options, sites, and for each expert its source, commit, hash, ranks and scales
+routers.safetensors     the routers, and parameters of the base model that were trained beside them
+experts/000/ ...        experts as plain PEFT folders, where they are included
 """
 
 import hashlib

@@ -4,18 +4,21 @@ Everything is put on the instance, as bound methods of small objects (a deep cop
 comes with its undo.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moelora.folder import write_checkpoint
+from moelora.folder import trained_names, write_checkpoint
 from moelora.hooks import StackHooks
 from moelora.integrations.stacks import inner_stacks
 from moelora.mixture import Mixture, find_mixture
 
 DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
+KEYS_NOT_SAVED = "_keys_to_ignore_on_save"
+TIED_KEYS = "get_expanded_tied_weights_keys"
 
 
 def guard(model: nn.Module, mixture: Mixture) -> list[Callable[[], None]]:
@@ -33,15 +36,57 @@ def guard(model: nn.Module, mixture: Mixture) -> list[Callable[[], None]]:
         saving = _SaveGuard(model)
         undo.append(_override(model, "save_pretrained", saving.save_pretrained))
         undo.append(_override(model, "push_to_hub", saving.push_to_hub))
+    if hasattr(model, KEYS_NOT_SAVED):
+        undo.append(_override(model, KEYS_NOT_SAVED, _KeysNotSaved(model)))
+    if hasattr(model, TIED_KEYS):
+        undo.append(_override(model, TIED_KEYS, _TiedOutside(model).keys))
     undo.append(_override(model, DDP_IGNORED, [*getattr(model, DDP_IGNORED, []), *frozen_buffers(mixture)]))
     return undo
 
 
 def frozen_buffers(mixture: Mixture) -> list[str]:
     """Names of the buffers that never change, which DDP need not send around before every forward."""
-    return [
-        f"{site}.bank.{name}" for site, layer in mixture.layers.items() for name, _ in layer.bank.named_buffers()
-    ]
+    return [f"{site}.bank.{name}" for site, layer in mixture.layers.items() for name, _ in layer.bank.named_buffers()]
+
+
+class _TiedOutside:
+    """The tied weights of a model, without those inside patched projections.
+
+    A base's tied weights are one tensor already. Models that tie whole blocks (zamba2) would, when `tie_weights` runs
+    again, give one site's router and experts to another.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def keys(self, *args: Any, **kwargs: Any) -> dict[str, str]:
+        root, mixture = find_mixture(self.model)
+        tied = getattr(type(root), TIED_KEYS)(root, *args, **kwargs)
+        inside = tuple(f"{site}." for site in mixture.layers)
+        return {target: source for target, source in tied.items() if not target.startswith(inside)}
+
+
+class _KeysNotSaved(Set[str]):
+    """The keys that a checkpoint of Trainer does not hold because nothing trains them.
+
+    When it resumes, Trainer lists missing keys in a warning unless they are exactly these.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def _keys(self) -> set[str]:
+        root, mixture = find_mixture(self.model)
+        return set(root.state_dict()) - trained_names(root, mixture)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys())
+
+    def __len__(self) -> int:
+        return len(self._keys())
 
 
 class _InputGradients:
@@ -55,16 +100,16 @@ class _InputGradients:
         self.model = model
 
     def require(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.model.training and torch.is_grad_enabled() and is_checkpointing(self.model):
-            if isinstance(output, Tensor) and output.is_leaf:
-                output.requires_grad_()
+        wanted = self.model.training and torch.is_grad_enabled() and is_checkpointing(self.model)
+        if wanted and isinstance(output, Tensor) and output.is_leaf:
+            output.requires_grad_()
 
 
 class _SaveGuard:
     """`save_pretrained` of a patched model.
 
-    The plain call would write the base under the wrappers' names, and `from_pretrained` would start the weights it does
-    not find at random. Trainer's call, which hands over a state dict, writes a mixture folder that it can resume from.
+    The plain call would write the base under the wrappers' names, and `from_pretrained` would start what it does not
+    find at random. Trainer's call, which hands over a state dict, writes a mixture folder that it can resume from.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -106,18 +151,10 @@ def _input_embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
-_ABSENT = object()
-
-
 def _override(model: nn.Module, name: str, value: Any) -> Callable[[], None]:
     """Set an attribute on the instance; the undo puts back what the instance had, if anything."""
-    before = vars(model).get(name, _ABSENT)
+    known = name in vars(model)
+    before = vars(model).get(name)
     object.__setattr__(model, name, value)
-
-    def undo() -> None:
-        if before is _ABSENT:
-            object.__delattr__(model, name)
-        else:
-            object.__setattr__(model, name, before)
-
-    return undo
+    # partials, no closures: a copy of the model copies its undo along
+    return partial(object.__setattr__, model, name, before) if known else partial(object.__delattr__, model, name)

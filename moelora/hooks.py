@@ -18,7 +18,8 @@ from moelora.routers.learned import LearnedRouter
 from moelora.routing import dense_weights
 from moelora.tape import Frame, Tape
 
-INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "input_features", "input_values", "pixel_values")
+TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+INPUTS = (*TOKENS, "input_features", "input_values", "pixel_values")
 
 
 class StackHooks:
@@ -81,9 +82,7 @@ class RootHooks(StackHooks):
             if not torch.compiler.is_compiling():
                 self.watch_gradients(stack)
 
-    def add_losses(
-        self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def add_losses(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Add the weighted losses to the model's own loss, in training."""
         if self.tape.depth != 1 or not self.tape.records or not self.losses.active():
             return None
@@ -175,22 +174,40 @@ def argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
 def read_frame(values: Mapping[str, Any], tape: Tape) -> Frame:
     """Batch, length and padding mask of a stack, from what it was called with.
 
-    The mask is two-dimensional only at the top of a model and, with a static cache, not even there: a stack that was
-    handed a mask of another form takes over that of the stack around it, if the input is the same.
+    The mask is two-dimensional only at the top of a model and, with a static cache, not even there. A stack that was
+    handed a mask of another form takes over that of the stack around it, if the input is the same, or reads its
+    diagonal.
     """
     batch = length = None
-    for name in INPUTS:
-        value = values.get(name)
-        if isinstance(value, Tensor):
-            batch = value.shape[0]
-            length = value.shape[1] if name in {"input_ids", "inputs_embeds", "decoder_input_ids"} else None
-            break
-    mask, encoder_mask = values.get("attention_mask"), values.get("encoder_attention_mask")
+    name = next((name for name in INPUTS if isinstance(values.get(name), Tensor)), None)
+    if name is not None:
+        batch = values[name].shape[0]
+        length = values[name].shape[1] if name in TOKENS else None
+    # an encoder-decoder model's own mask is its encoder's, which gets it handed on
+    mask = values.get("decoder_attention_mask" if str(name).startswith("decoder_") else "attention_mask")
+    if isinstance(mask, Mapping):
+        # one for each kind of attention, which agree on the padding
+        mask = next(iter(mask.values()), None)
     outer = tape.frame
     if isinstance(mask, Tensor) and mask.ndim != 2:
-        same = outer is not None and (outer.batch, outer.length) == (batch, length)
-        mask = outer.mask_BL if same and outer is not None else None
+        if outer is not None and (outer.batch, outer.length) == (batch, length):
+            mask = outer.mask_BL
+        else:
+            mask = own_keys(mask, length, cached_length(values))
+    encoder_mask = values.get("encoder_attention_mask")
     return Frame(batch, length, two_dimensional(mask, batch, length), two_dimensional(encoder_mask, None, None))
+
+
+def own_keys(mask: Tensor, length: int | None, start: int) -> Tensor | None:
+    """From an attention mask (B, 1, L, keys), boolean or additive, which tokens see themselves: padding does not.
+
+    A single token, as in decoding, is never padding. None for a mask of another form.
+    """
+    if mask.ndim != 4 or length is None or length == 1 or mask.shape[2] != length or mask.shape[3] < start + length:
+        return None
+    seen_BLL = mask[:, 0, :, start : start + length]
+    own_BL = seen_BLL.diagonal(dim1=1, dim2=2)
+    return own_BL if mask.dtype == torch.bool else own_BL == 0
 
 
 def two_dimensional(mask: Any, batch: int | None, length: int | None) -> Tensor | None:

@@ -148,7 +148,7 @@ def _placed(model: nn.Module, mixture: Mixture, adapter: Any) -> dict[str, Exper
         for path, module in root.named_modules()
         if path not in sizes and not path.startswith(inside) and (found := linear_sizes(module)) is not None
     }
-    match = match_adapter(adapter, sizes | others, model_type=mixture.base_model.get("model_type"))
+    match = match_adapter(adapter, sizes | others, model_type=mixture.base_model.get("model_type"), model=root)
     outside = [*(key for key, _ in match.unmatched), *(path for path in match.factors if path not in sizes)]
     if outside:
         raise ValueError(

@@ -117,9 +117,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def use_experts(
-    model: nn.Module, experts: RowMixture | Sequence[RowMixture], *, repeats: int = 1
-) -> Iterator[None]:
+def use_experts(model: nn.Module, experts: RowMixture | Sequence[RowMixture], *, repeats: int = 1) -> Iterator[None]:
     """Fix the mixture to named experts, in place of the router.
 
     Args:
@@ -308,11 +306,10 @@ def given_tensor(mixture: Mixture, ids: "str | int | Sequence[str | int] | Tenso
             raise ValueError(f"ids must be names or integers, as many in every row; got {ids!r}") from error
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.ndim > 3 or not tensor.numel():
         raise ValueError(
-            "ids must be integers of shape (), (B,), (B, L) or (B, L, K), "
-            f"got {tensor.dtype} {tuple(tensor.shape)}"
+            f"ids must be integers of shape (), (B,), (B, L) or (B, L, K), got {tensor.dtype} {tuple(tensor.shape)}"
         )
     tensor = tensor.long()
-    if not (NO_EXPERT <= int(tensor.min()) and int(tensor.max()) < len(mixture.names)):
+    if not (int(tensor.min()) >= NO_EXPERT and int(tensor.max()) < len(mixture.names)):
         raise ValueError(
             f"ids must lie between -1 (base model) and {len(mixture.names) - 1}, "
             f"got {int(tensor.min())} to {int(tensor.max())}"

@@ -255,7 +255,9 @@ def _resolve_config(config: MoELoRAConfig | None, router: Any, top_k: int) -> Mo
     if not isinstance(config, MoELoRAConfig):
         raise ValueError(f"config must be a MoELoRAConfig, got {type(config).__name__}")
     if router != "learned" or top_k != 2:
-        raise ValueError("the router is given twice; with config=, set it there: MoELoRAConfig(router=Learned(top_k=4))")
+        raise ValueError(
+            "the router is given twice; with config=, set it there: MoELoRAConfig(router=Learned(top_k=4))"
+        )
     return config
 
 

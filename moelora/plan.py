@@ -101,7 +101,7 @@ def make_plan(
     # where does each adapter's every factor go?
     experts, notes = [], []
     for adapter in adapters:
-        match = match_adapter(adapter, known, model_type=model_type)
+        match = match_adapter(adapter, known, model_type=model_type, model=model)
         if match.unmatched:
             shown = "; ".join(f"{key}: {reason}" for key, reason in match.unmatched[:5])
             message = f"{len(match.unmatched)} factors of adapter {adapter.name!r} fit nowhere in this model: {shown}"
@@ -111,9 +111,7 @@ def make_plan(
         notes += [f"{adapter.name}: {note}" for note in (*adapter.notes, *match.notes)]
         warn_of_another_base(adapter, model)
         experts.append(
-            ExpertPlan(
-                name=adapter.name, source=adapter.source, factors=match.factors, trainable=not freeze_experts
-            )
+            ExpertPlan(name=adapter.name, source=adapter.source, factors=match.factors, trainable=not freeze_experts)
         )
 
     # which projections are patched?

@@ -33,7 +33,13 @@ class Routing(NamedTuple):
 
     def detach(self) -> "Routing":
         """The same routing, cut from the autograd graph."""
-        return Routing(*(part if part is None else part.detach() for part in self))
+        experts_TK, weights_TK, logits_TE, log_prob_T = self
+        return Routing(
+            experts_TK.detach(),
+            weights_TK.detach(),
+            None if logits_TE is None else logits_TE.detach(),
+            None if log_prob_T is None else log_prob_T.detach(),
+        )
 
 
 def dense_weights(routing: Routing, num_experts: int) -> Float[Tensor, "T E"]:

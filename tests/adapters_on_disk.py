@@ -1,16 +1,17 @@
 """Adapters for tests, written by PEFT itself on a tiny model, with random factors that do something."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
 import moelora
 from moelora.testing import tiny
 
 # PEFT refuses to adapt these, because a fused kernel may bypass them; moelora proves that they are called
-REFUSED_BY_PEFT = {family: ("out_proj",) for family in ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")}
+REFUSED_BY_PEFT = dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj",))
 
 
 def main_output(output) -> Tensor:
@@ -37,7 +38,7 @@ def peft_model(
     std: float = 0.1,
     paths: list[str] | None = None,
     **options,
-) -> nn.Module:
+) -> Any:
     """A tiny model with one PEFT LoRA, saved to `folder`: mixed ranks and alphas, all factors random."""
     paths = sites_of(family, every=every) if paths is None else paths
     config = LoraConfig(

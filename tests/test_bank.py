@@ -11,11 +11,11 @@ from moelora.testing.strategies import experts
 D, O = 5, 7
 
 
-def stack(some, trainable=(), dtype=torch.float32):
+def _stack(some, trainable=(), dtype=torch.float32):
     return ExpertBank.stack(some, in_features=D, out_features=O, trainable=trainable, dtype=dtype)
 
 
-def assert_same(left, right):
+def _assert_same(left, right):
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
         assert torch.equal(one.A_RD, other.A_RD)
@@ -28,19 +28,19 @@ def assert_same(left, right):
 @given(experts(D, O), st.sets(st.integers(0, 4)))
 def test_split_is_the_inverse_of_stack(some, trainable):
     """Frozen and trainable experts of any rank come back as they went in."""
-    assert_same(stack(some, trainable & set(range(len(some)))).split(), some)
+    _assert_same(_stack(some, trainable & set(range(len(some)))).split(), some)
 
 
 @given(experts(D, O), experts(D, O, max_size=1), st.booleans())
 def test_dropping_what_was_added_changes_nothing(some, extra, trainable):
     """add and drop are inverses, and drop takes the right one."""
-    bank = stack(some)
+    bank = _stack(some)
     bank.add(extra[0], trainable=trainable)
-    assert_same(bank.split(), [*some, extra[0]])
+    _assert_same(bank.split(), [*some, extra[0]])
 
     bank.drop(len(some))
 
-    assert_same(bank.split(), some)
+    _assert_same(bank.split(), some)
 
 
 @given(experts(D, O, min_size=2), st.data())
@@ -48,21 +48,21 @@ def test_drop_keeps_the_others_in_order(some, data):
     """Those behind a dropped expert move up."""
     index = data.draw(st.integers(0, len(some) - 1))
     trainable = data.draw(st.sets(st.integers(0, len(some) - 1)))
-    bank = stack(some, trainable)
+    bank = _stack(some, trainable)
 
     bank.drop(index)
 
-    assert_same(bank.split(), [expert for place, expert in enumerate(some) if place != index])
+    _assert_same(bank.split(), [expert for place, expert in enumerate(some) if place != index])
 
 
 @given(experts(D, O), st.data())
 def test_freezing_moves_rows_and_keeps_ids(some, data):
     """What an expert knows does not depend on whether it is trained."""
-    bank = stack(some)
+    bank = _stack(some)
     for _ in range(3):
         wanted = data.draw(st.sets(st.integers(0, len(some) - 1)))
         bank.set_trainable(wanted)
-        assert_same(bank.split(), some)
+        _assert_same(bank.split(), some)
         assert bank.trainable == tuple(index in wanted and some[index].rank > 0 for index in range(len(some)))
 
 
@@ -70,7 +70,7 @@ def test_freezing_moves_rows_and_keeps_ids(some, data):
 def test_factors_name_the_owner_of_each_row(some, data):
     """The kernels' view of a bank and the experts themselves are one and the same."""
     trainable = data.draw(st.sets(st.integers(0, len(some) - 1)))
-    factors = stack(some, trainable).factors()
+    factors = _stack(some, trainable).factors()
 
     for index, expert in enumerate(some):
         own = factors.owner_R == index
@@ -87,7 +87,7 @@ def test_factors_name_the_owner_of_each_row(some, data):
 def test_frozen_rows_are_buffers_and_trainable_rows_parameters():
     """Only what is trained is a parameter; an optimiser never sees the rest."""
     one, two = fresh_expert(D, O, 2, scale=1.0), fresh_expert(D, O, 3, scale=2.0)
-    bank = stack([one, two], trainable={1})
+    bank = _stack([one, two], trainable={1})
 
     assert [name for name, _ in bank.named_parameters()] == ["A_trainable_RD", "B_trainable_RO"]
     assert bank.A_trainable_RD is not None
@@ -97,7 +97,7 @@ def test_frozen_rows_are_buffers_and_trainable_rows_parameters():
 
 def test_a_cast_leaves_scales_exact():
     """`.to(bfloat16)` casts rows; a scale of 16/7 is still 16/7."""
-    bank = stack([Expert(torch.ones(2, D), torch.ones(2, O), 16 / 7)]).to(torch.bfloat16)
+    bank = _stack([Expert(torch.ones(2, D), torch.ones(2, O), 16 / 7)]).to(torch.bfloat16)
 
     factors = bank.factors()
 
@@ -110,11 +110,11 @@ def test_a_cast_leaves_scales_exact():
 def test_state_dict_round_trip():
     """A bank's state dict holds all rows and nothing that depends on their order in memory."""
     some = [fresh_expert(D, O, rank, scale=1.0) for rank in (2, 3)]
-    bank, other = stack(some, {1}), stack([Expert(e.A_RD * 0, e.B_RO, e.scale) for e in some], {1})
+    bank, other = _stack(some, {1}), _stack([Expert(e.A_RD * 0, e.B_RO, e.scale) for e in some], {1})
 
     other.load_state_dict(bank.state_dict())
 
-    assert_same(other.split(), some)
+    _assert_same(other.split(), some)
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,12 @@ def test_state_dict_round_trip():
 def test_an_expert_that_does_not_fit_is_refused(expert):
     """A wrong width, unequal ranks or a broken scale raise before anything changes."""
     some = [fresh_expert(D, O, 2, scale=1.0)]
-    bank = stack(some)
+    bank = _stack(some)
 
     with pytest.raises(Exception, match=r"expert|shape|Type-check|scale"):
         bank.add(expert)
 
-    assert_same(bank.split(), some)
+    _assert_same(bank.split(), some)
 
 
 def test_fresh_and_absent_experts_change_nothing():

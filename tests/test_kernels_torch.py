@@ -15,7 +15,7 @@ D, O = 6, 9
 BACKENDS = ["dense", "gathered"]
 
 
-def as_dtype(factors, dtype):
+def _as_dtype(factors, dtype):
     floating = [isinstance(part, torch.Tensor) and part.is_floating_point() for part in factors]
     cast = [part.to(dtype) if is_floating else part for part, is_floating in zip(factors, floating, strict=True)]
     return factors._replace(**dict(zip(factors._fields, cast, strict=True)))
@@ -52,7 +52,7 @@ def test_reference_is_the_sum_over_experts(problem):
     """The specification itself, against a loop in fp64."""
     bank, base_TO, x_TD, routing = problem
 
-    ours_TO = reference.mix(base_TO.double(), x_TD.double(), as_dtype(bank.factors(), torch.float64), routing)
+    ours_TO = reference.mix(base_TO.double(), x_TD.double(), _as_dtype(bank.factors(), torch.float64), routing)
 
     # the gate is rounded to fp32
     torch.testing.assert_close(ours_TO, by_experts(base_TO, x_TD, bank, routing), rtol=1e-5, atol=1e-5)
@@ -64,9 +64,9 @@ def test_reference_is_the_sum_over_experts(problem):
 def test_no_worse_than_the_reference(backend, dtype, problem):
     """Against fp64, the error is at most twice the reference's in the same dtype."""
     bank, base_TO, x_TD, routing = problem
-    base_TO, x_TD, factors = base_TO.to(dtype), x_TD.to(dtype), as_dtype(bank.factors(), dtype)
+    base_TO, x_TD, factors = base_TO.to(dtype), x_TD.to(dtype), _as_dtype(bank.factors(), dtype)
     factors = factors._replace(scale_E=bank.scale_E, fill_FP=bank.fill_FP)
-    exact_TO = reference.mix(base_TO.double(), x_TD.double(), as_dtype(factors, torch.float64), routing)
+    exact_TO = reference.mix(base_TO.double(), x_TD.double(), _as_dtype(factors, torch.float64), routing)
 
     eager_TO = reference.mix(base_TO, x_TD, factors, routing)
     ours_TO = mix(base_TO, x_TD, factors, routing, backend=backend)
@@ -108,7 +108,7 @@ def test_a_decode_step_is_no_worse_than_the_reference(dtype, num_experts, rank, 
     base_TO = torch.randn(1, O, generator=generator).to(dtype)
     assert factors.rank == rank
     assert (factors.scale == 0.5) == (one_scale or num_experts == 1)
-    exact_TO = reference.mix(base_TO.double(), x_TD.double(), as_dtype(factors, torch.float64), routing)
+    exact_TO = reference.mix(base_TO.double(), x_TD.double(), _as_dtype(factors, torch.float64), routing)
 
     eager_TO = reference.mix(base_TO, x_TD, factors, routing)
     ours_TO = mix(base_TO, x_TD, factors, routing, every_token=True)
@@ -122,7 +122,7 @@ def test_a_decode_step_is_no_worse_than_the_reference(dtype, num_experts, rank, 
 def test_gradients_are_those_of_the_reference(backend, problem):
     """With respect to the input, the base output, both factors, the bias and the weights, in fp64."""
     bank, base_TO, x_TD, routing = problem
-    factors = as_dtype(bank.factors(), torch.float64)
+    factors = _as_dtype(bank.factors(), torch.float64)
 
     def gradients(run):
         leaves = [base_TO.double(), x_TD.double(), factors.A_RD, factors.B_RO, routing.weights_TK.double()]

@@ -1,4 +1,4 @@
-"""In every family: one expert is PEFT's own model, a fixed mixture PEFT's `cat`, a closed mixture the base bit for bit."""
+"""In every family: one expert is PEFT's own model, a fixed mixture PEFT's `cat`, a closed mixture the base."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import moelora
 from moelora.testing import tiny
 
 
-def relative(ours, theirs):
+def _relative(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
@@ -34,11 +34,11 @@ def test_experts_equal_peft(family, tmp_path):
     with torch.no_grad():
         for name, value in expected.items():
             with moelora.use_experts(model, {name: 1.0}):
-                assert relative(main_output(model(**inputs)), value) < 1e-5
-            assert relative(base, value) > 1e-3, "the adapter does something"
+                assert _relative(main_output(model(**inputs)), value) < 1e-5
+            assert _relative(base, value) > 1e-3, "the adapter does something"
         with moelora.use_experts(model, {"plain": 0.3, "stabilised": 0.7}):
-            assert relative(main_output(model(**inputs)), expected_both) < 1e-5
-        assert relative(main_output(model(**inputs)), base) > 1e-3, "the routed mixture does something"
+            assert _relative(main_output(model(**inputs)), expected_both) < 1e-5
+        assert _relative(main_output(model(**inputs)), base) > 1e-3, "the routed mixture does something"
         with moelora.disabled(model):
             assert torch.equal(main_output(model(**inputs)), base)
         moelora.unpatch_model(model)
@@ -65,7 +65,7 @@ def test_an_expert_is_its_merged_weights(family):
     with torch.no_grad(), moelora.use_experts(model, "expert1"):
         ours, theirs = main_output(model(**inputs)), main_output(merged(**inputs))
 
-    assert relative(ours, theirs) < 2e-5
+    assert _relative(ours, theirs) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,7 @@ from moelora.testing import tiny
 BALANCED = AuxLosses(load_balance=0.5, z_loss=0.1, importance=0.1)
 
 
-def patched(family="llama", *, losses=BALANCED, router=None, experts=True, **options):
+def _patched(family="llama", *, losses=BALANCED, router=None, experts=True, **options):
     """A tiny model with four random experts and routers, all trainable."""
     config = MoELoRAConfig(router=router or Learned(top_k=2, init_std=0.5), losses=losses)
     model = moelora.patch_model(tiny.model(family, **options), num_experts=4, rank=2, config=config)
@@ -25,19 +25,19 @@ def patched(family="llama", *, losses=BALANCED, router=None, experts=True, **opt
     return model.train()
 
 
-def gradients(model):
+def _gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def loss_and_gradients(model, inputs):
+def _loss_and_gradients(model, inputs):
     model.zero_grad()
     torch.manual_seed(3)  # of the model's dropout, and of noisy routers
     output = model(**inputs, labels=inputs["input_ids"])
     output.loss.backward()
-    return output, gradients(model)
+    return output, _gradients(model)
 
 
-def enable_checkpointing(model, *, reentrant):
+def _enable_checkpointing(model, *, reentrant):
     name = "activation_checkpointing_enable"
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     try:
@@ -51,29 +51,31 @@ def enable_checkpointing(model, *, reentrant):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "qwen3_moe", "zamba2"])
 def test_checkpointing_changes_no_loss_and_no_gradient(family, reentrant):
     """A layer's forward runs twice; its routing counts once, and its gradient arrives."""
-    model = patched(family)
+    model = _patched(family)
     inputs = tiny.inputs(model)
-    plain, expected = loss_and_gradients(model, inputs)
+    plain, expected = _loss_and_gradients(model, inputs)
 
-    enable_checkpointing(model, reentrant=reentrant)
-    output, got = loss_and_gradients(model, inputs)
+    _enable_checkpointing(model, reentrant=reentrant)
+    output, got = _loss_and_gradients(model, inputs)
 
     torch.testing.assert_close(output.loss, plain.loss)
     torch.testing.assert_close(output.aux_loss, plain.aux_loss)
     assert got.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_reentrant_checkpointing_trains_routers_alone():
     """Frozen experts, and a loss on the routings only: its gradient must find the second pass."""
-    model = patched(experts=False, losses=AuxLosses(z_loss=1.0, load_balance=0.0))
+    model = _patched(experts=False, losses=AuxLosses(z_loss=1.0, load_balance=0.0))
     inputs = tiny.inputs(model)
-    _, expected = loss_and_gradients(model, inputs)
-    enable_checkpointing(model, reentrant=True)
+    _, expected = _loss_and_gradients(model, inputs)
+    _enable_checkpointing(model, reentrant=True)
     for _ in range(2):
-        _, got = loss_and_gradients(model, inputs)
+        _, got = _loss_and_gradients(model, inputs)
         for name, gradient in expected.items():
             torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
     assert all(".router." in name for name in expected)
@@ -81,7 +83,7 @@ def test_reentrant_checkpointing_trains_routers_alone():
 
 def test_the_loss_is_in_the_models_own_loss():
     """output.loss is the language model's loss plus the weighted losses; aux_loss gives the same number."""
-    model = patched()
+    model = _patched()
     inputs = tiny.inputs(model)
     output = model(**inputs, labels=inputs["input_ids"])
     aux = moelora.aux_loss(model)
@@ -97,7 +99,7 @@ def test_the_loss_is_in_the_models_own_loss():
 
 def test_padding_does_not_count():
     """Longer padding, another token in it: the same loss."""
-    model = patched()
+    model = _patched()
     inputs = tiny.inputs(model, length=7)
     padded = {
         "input_ids": torch.cat([inputs["input_ids"], torch.full((2, 5), 3)], 1),
@@ -112,7 +114,7 @@ def test_padding_does_not_count():
 
 def test_evaluation_keeps_no_routings():
     """In evaluation nothing is gathered, the loss is the model's own, and aux_loss says why it has none."""
-    model = patched().eval()
+    model = _patched().eval()
     inputs = tiny.inputs(model)
     with torch.no_grad():
         output = model(**inputs, labels=inputs["input_ids"])
@@ -125,28 +127,28 @@ def test_evaluation_keeps_no_routings():
 
 def test_accumulated_calls_weigh_as_their_tokens():
     """With Trainer's token count, the losses of the parts add up to one mean over the step."""
-    model = patched(losses=AuxLosses(z_loss=1.0, load_balance=0.0))
+    model = _patched(losses=AuxLosses(z_loss=1.0, load_balance=0.0))
     inputs = tiny.inputs(model, batch=4)
     del inputs["attention_mask"]
     labels = inputs["input_ids"]
     items = labels[:, 1:].numel()
     whole = model(**inputs, labels=labels, num_items_in_batch=items)
     whole.loss.backward()
-    expected = gradients(model)
+    expected = _gradients(model)
     model.zero_grad()
 
     for rows in (slice(0, 3), slice(3, 4)):
         part = model(input_ids=labels[rows], labels=labels[rows], num_items_in_batch=items)
         part.loss.backward()
 
-    for name, gradient in gradients(model).items():
+    for name, gradient in _gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_plain_loop_learns():
     """Twenty steps of a plain loop lower the loss, with routers alone and with both."""
     for experts in (False, True):
-        model = patched(experts=experts, losses=AuxLosses())
+        model = _patched(experts=experts, losses=AuxLosses())
         inputs = tiny.inputs(model, batch=4)
         optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         values = []
@@ -162,35 +164,35 @@ def test_a_plain_loop_learns():
 
 def test_what_gets_no_gradient_is_named_after_the_first_step():
     """A trainable tensor that nothing leads to is warned of once, by name."""
-    model = patched()
+    model = _patched()
     model.register_parameter("forgotten", torch.nn.Parameter(torch.zeros(3)))
     inputs = tiny.inputs(model)
-    loss_and_gradients(model, inputs)
+    _loss_and_gradients(model, inputs)
 
     with pytest.warns(UserWarning, match="1 trainable tensors got no gradient .* forgotten"):
-        loss_and_gradients(model, inputs)
+        _loss_and_gradients(model, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loss_and_gradients(model, inputs)
+        _loss_and_gradients(model, inputs)
 
 
 def test_constant_weights_leave_the_router_without_gradient_and_say_so():
     """With constant weights and no loss on the routings, routers learn nothing: the warning names them."""
-    model = patched(router=Learned(top_k=2, combine="constant"), losses=AuxLosses(load_balance=0.0))
+    model = _patched(router=Learned(top_k=2, combine="constant"), losses=AuxLosses(load_balance=0.0))
     inputs = tiny.inputs(model)
-    loss_and_gradients(model, inputs)
+    _loss_and_gradients(model, inputs)
 
     with pytest.warns(UserWarning, match=r"8 trainable tensors got no gradient .*router\.weight_ED"):
-        loss_and_gradients(model, inputs)
+        _loss_and_gradients(model, inputs)
 
 
 def test_noise_is_the_same_in_the_second_pass():
     """Noisy top-k under checkpointing: the gradient is that of the choice that was made."""
-    model = patched(router=Learned(top_k=2, noisy=True, init_std=0.5))
+    model = _patched(router=Learned(top_k=2, noisy=True, init_std=0.5))
     inputs = tiny.inputs(model)
-    _, expected = loss_and_gradients(model, inputs)
-    enable_checkpointing(model, reentrant=False)
-    _, got = loss_and_gradients(model, inputs)
+    _, expected = _loss_and_gradients(model, inputs)
+    _enable_checkpointing(model, reentrant=False)
+    _, got = _loss_and_gradients(model, inputs)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -198,14 +200,16 @@ def test_noise_is_the_same_in_the_second_pass():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_free_balancing_moves_once_per_call(checkpointing):
     """The bias moves by its speed towards the experts with too few tokens, and only when a training call has ended."""
-    model = patched(router=Learned(top_k=1, combine="unit", balance_bias_speed=0.1), losses=AuxLosses(load_balance=0.0))
+    model = _patched(
+        router=Learned(top_k=1, combine="unit", balance_bias_speed=0.1), losses=AuxLosses(load_balance=0.0)
+    )
     if checkpointing:
-        enable_checkpointing(model, reentrant=False)
+        _enable_checkpointing(model, reentrant=False)
     inputs = tiny.inputs(model)
     site = next(iter(model._moelora.layers))
     router = model._moelora.layers[site].router
     with moelora.record(model) as recording:
-        loss_and_gradients(model, inputs)
+        _loss_and_gradients(model, inputs)
     experts_T = recording[site].experts_TK[recording.valid(site)][:, 0]
     load_E = torch.bincount(experts_T, minlength=4).float()
     assert not router.balance_bias_E.any()
@@ -226,13 +230,14 @@ def test_a_shared_router_learns_from_all_its_sites():
     assert len(model._moelora.routers()) == 4
 
     with moelora.record(model) as recording:
-        output, got = loss_and_gradients(model, tiny.inputs(model))
+        _, got = _loss_and_gradients(model, tiny.inputs(model))
 
     paths = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
-    assert all(torch.equal(recording[paths[0]].logits_TE, recording[path].logits_TE) for path in paths)
+    logits = [recording[path].logits_TE for path in paths]
+    assert all(scores is not None and logits[0] is not None and torch.equal(logits[0], scores) for scores in logits)
     assert sum(name.endswith("router.weight_ED") for name in got) == 4
-    enable_checkpointing(model, reentrant=False)
-    _, again = loss_and_gradients(model, tiny.inputs(model))
+    _enable_checkpointing(model, reentrant=False)
+    _, again = _loss_and_gradients(model, tiny.inputs(model))
     for name, gradient in got.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -240,7 +245,7 @@ def test_a_shared_router_learns_from_all_its_sites():
 def test_lora_dropout_acts_in_training_only():
     """The experts' input is dropped in training, the router's never."""
     config = MoELoRAConfig(dropout=0.5, router=Learned(init_std=0.5))
-    model = patched()
+    model = _patched()
     dropped = moelora.patch_model(tiny.model("llama"), num_experts=4, rank=2, config=config)
     dropped.load_state_dict(model.state_dict())
     inputs = tiny.inputs(model)
@@ -254,7 +259,7 @@ def test_bf16_base_trains_fp32_experts():
     """Trainable rows and routers are fp32 masters beside a bf16 base."""
     model = moelora.patch_model(tiny.model("llama").to(torch.bfloat16), num_experts=2, rank=2).train()
     inputs = tiny.inputs(model)
-    output, got = loss_and_gradients(model, inputs)
+    output, got = _loss_and_gradients(model, inputs)
 
     assert output.logits.dtype == torch.bfloat16
     assert all(gradient.dtype == torch.float32 for gradient in got.values())
@@ -263,9 +268,10 @@ def test_bf16_base_trains_fp32_experts():
 
 def test_autocast_routes_in_fp32():
     """Under autocast the router's scores stay fp32 and the choice is that without autocast."""
-    model = patched().eval()
+    model = _patched().eval()
     inputs = tiny.inputs(model)
     with moelora.record(model) as recording, torch.autocast("cpu", torch.bfloat16):
         model(**inputs)
 
-    assert all(routing.logits_TE.dtype == torch.float32 for routing in recording.values())
+    scores = [routing.logits_TE for routing in recording.values()]
+    assert all(logits_TE is not None and logits_TE.dtype == torch.float32 for logits_TE in scores)

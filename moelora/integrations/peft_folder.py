@@ -56,9 +56,7 @@ def adapter_tensors(experts: Mapping[str, Expert]) -> dict[str, Tensor]:
     return tensors
 
 
-def adapter_config(
-    experts: Mapping[str, Expert], *, base_model: str | None, fan_in_fan_out: bool
-) -> dict[str, Any]:
+def adapter_config(experts: Mapping[str, Expert], *, base_model: str | None, fan_in_fan_out: bool) -> dict[str, Any]:
     """A LoRA config that gives every site its rank and scale."""
     use_rslora = not _exact(experts, rslora=False) and _exact(experts, rslora=True)
     alphas = {path: alpha_of(expert.scale, expert.rank, rslora=use_rslora) for path, expert in experts.items()}

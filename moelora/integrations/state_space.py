@@ -13,7 +13,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -81,12 +81,13 @@ def force_unfused(model: nn.Module, paths: Collection[str]) -> Callable[[], None
     for mixer, flags in switches.items():
         for flag in sorted(flags):
             undo.append(_without_training(mixer) if flag == "training" else _without_flag(mixer, flag))
+    # partials, no closures: a copy of the model copies its undo along
+    return partial(_restore, undo)
 
-    def restore() -> None:
-        while undo:
-            undo.pop()()
 
-    return restore
+def _restore(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()
 
 
 class _TrainingOff:
@@ -112,22 +113,17 @@ class _TrainingOff:
 def _without_training(mixer: nn.Module) -> Callable[[], None]:
     off = _TrainingOff()
     # always_call: recomputation under activation checkpointing leaves a forward early, by an exception
-    handles = (
+    handles = [
         mixer.register_forward_pre_hook(off.enter),
         mixer.register_forward_hook(off.leave, always_call=True),
-    )
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return undo
+    ]
+    return partial(_restore, [handle.remove for handle in handles])
 
 
 def _without_flag(mixer: nn.Module, flag: str) -> Callable[[], None]:
     before = getattr(mixer, flag)
     setattr(mixer, flag, False)
-    return lambda: setattr(mixer, flag, before)
+    return partial(setattr, mixer, flag, before)
 
 
 @cache

@@ -1,6 +1,8 @@
 """What a mixture is, written so that it can be read: the specification of every other implementation.
 
-    y_TO = base_TO + ((x_TD @ A_RD.T) * gate_TR) @ B_RO        gate_TR[t, j] = weight of row j's owner for token t, times its scale
+    y_TO = base_TO + ((x_TD @ A_RD.T) * gate_TR) @ B_RO
+
+with gate_TR[t, j] the weight of row j's owner for token t, times the owner's scale.
 
 Tokens for which no expert acts get `base_TO` bit for bit.
 """

@@ -6,9 +6,7 @@ from torch import Tensor
 from moelora.losses._tokens import entropy, num_available, token_mean
 
 
-def mutual_information(
-    logits_TE: Float[Tensor, "T E"], valid_T: Bool[Tensor, " T"] | None = None
-) -> Float[Tensor, ""]:
+def mutual_information(logits_TE: Float[Tensor, "T E"], valid_T: Bool[Tensor, " T"] | None = None) -> Float[Tensor, ""]:
     """-I(token; expert) / log E = (mean_t H(p_t) - H(mean_t p_t)) / log E: -1 at best, 0 where routing says nothing.
 
     Lower is better: all experts used alike over the batch, and each token sure of its own. Our definition; the terms

@@ -28,13 +28,14 @@ class Learned:
             - "renormalized": p_e divided by the sum over the chosen; the weights of a token sum to 1.
             - "softmax": p_e itself, as in Switch and LoRAMoE.
             - "constant": 1/K. No gradient reaches the router through the weights.
-            - "unit": 1 in the forward pass and the gradient of p_e in the backward pass (straight-through), so that a
+            - "unit": 1 in the forward pass, the gradient of p_e in the backward pass (straight-through), so that a
               frozen adapter acts at the scale it was trained at (Hard-Routed MoR-LoRA, arXiv 2606.31413).
         temperature: divides the scores.
         noisy: noisy top-k in training, z + N(0, 1) * softplus(W_noise x) (Shazeer et al. 2017, eq. 4,
             arXiv 1701.06538).
-        balance_bias_speed: loss-free balancing (Wang et al. 2024, arXiv 2408.15664): a bias that is added for the choice
-            only and moved after each training call by this much towards the experts with too few tokens; 0 is off.
+        balance_bias_speed: loss-free balancing (Wang et al. 2024, arXiv 2408.15664): a bias, added for the choice
+            only, that moves by this much towards the experts with too few tokens after each training call (when the
+            next call begins); 0 is off.
         init_std: standard deviation of the router's first weights.
     """
 
@@ -97,7 +98,7 @@ class LearnedRouter(AbstractRouter):
             logits_TE = logits_TE.masked_fill(~self.available_E, -torch.inf)
 
         # choose by score, with the balancing bias if there is one
-        if self.config.balance_bias_speed:
+        if self.balance_bias_E is not None:
             experts_TK = (logits_TE + self.balance_bias_E).topk(self.top_k, dim=-1).indices
             chosen_TK = logits_TE.gather(-1, experts_TK)
         else:

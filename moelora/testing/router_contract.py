@@ -1,11 +1,11 @@
 """What every router must keep, as one call for the tests of yours. Begin with router_contract.
 
-    def test_my_router():
-        router_contract(lambda in_features, available: MyRouter(in_features, available))
+def test_my_router():
+    router_contract(lambda in_features, available: MyRouter(in_features, available))
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,9 @@ def router_contract(
             chosen = [expert for expert in row if expert >= 0]
             assert len(set(chosen)) == len(chosen), "the experts of a token are distinct"
             assert all(available[expert] for expert in chosen), "an expert without rows is never chosen"
-            assert chosen or not router.every_token, "a router that promises an expert for every token keeps the promise"
+            assert chosen or not router.every_token, (
+                "a router that promises an expert for every token keeps the promise"
+            )
         if weight_sum is not None:
             sums_T = weights_TK.sum(-1)
             assert torch.allclose(sums_T, torch.full_like(sums_T, weight_sum), atol=1e-5), "weights sum as they should"
@@ -130,13 +132,13 @@ def close(left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left, right, atol=1e-5, rtol=1e-5)
 
 
-def same_state(left: dict, right: dict) -> bool:
+def same_state(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
     """Whether two modules' attributes are equal, tensors compared by value."""
     if left.keys() != right.keys():
         return False
     for name, value in left.items():
         other = right[name]
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             if not same_state(value, other):
                 return False
         elif isinstance(value, Tensor):
