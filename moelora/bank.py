@@ -14,7 +14,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moelora.kernels.factors import Factors, common_rank, common_scale, index_rows
+from moelora.kernels.factors import Factors, index_rows
 
 
 class Expert(NamedTuple):
@@ -185,8 +185,7 @@ class ExpertBank(nn.Module):
             self.rows_FP,
             self.fill_FP,
             self._biases_EO(),
-            self._rank,
-            self._scale,
+            self._places,
         )
         if self.A_trainable_RD is None and factors.bias_EO is None:
             self._known = factors
@@ -238,7 +237,7 @@ class ExpertBank(nn.Module):
         starts = tuple(
             start + (frozen_rows if kind else 0) for start, kind in zip(starts_of_kind, self.trainable, strict=True)
         )
-        self._rank, self._scale = common_rank(starts, self.ranks), common_scale(self.scales)
+        self._places = tuple(zip(starts, self.ranks, self.scales, strict=True))
         device = self.A_frozen_RD.device
         tensors = index_rows(starts, self.ranks, self.scales)
         names = ("scale_E", "owner_R", "rows_FP", "fill_FP")
@@ -275,15 +274,9 @@ def _join(frozen: Tensor, trainable: Tensor | None) -> Tensor:
 def _stack(
     experts: Sequence[Expert], bank: ExpertBank, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows of these experts in one tensor each, written once."""
-    rows = sum(expert.rank for expert in experts)
-    A_RD = torch.empty(rows, bank.in_features, dtype=dtype, device=device)
-    B_RO = torch.empty(rows, bank.out_features, dtype=dtype, device=device)
-    begin = 0
-    for expert in experts:
-        A_RD[begin : begin + expert.rank].copy_(expert.A_RD)
-        B_RO[begin : begin + expert.rank].copy_(expert.B_RO)
-        begin += expert.rank
+    """The rows of these experts in one tensor each."""
+    A_RD = _concatenated([expert.A_RD for expert in experts], bank.in_features, dtype, device)
+    B_RO = _concatenated([expert.B_RO for expert in experts], bank.out_features, dtype, device)
     if all(expert.bias_O is None for expert in experts):
         return A_RD, B_RO, None
     bias_EO = torch.zeros(len(experts), bank.out_features, dtype=dtype, device=device)
@@ -291,6 +284,13 @@ def _stack(
         if expert.bias_O is not None:
             bias_EO[place].copy_(expert.bias_O)
     return A_RD, B_RO, bias_EO
+
+
+def _concatenated(parts: list[Tensor], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The rows of all parts in one new tensor of this dtype, on this device."""
+    if not parts:
+        return torch.empty(0, width, dtype=dtype, device=device)
+    return torch.cat([part.to(device=device, dtype=dtype) for part in parts])
 
 
 def _check(expert: Expert, index: int, in_features: int, out_features: int) -> None:

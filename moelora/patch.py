@@ -8,6 +8,7 @@ from torch import nn
 
 from moelora.bank import ExpertBank, fresh_expert
 from moelora.base_model import describe_base
+from moelora.collector import collector_paused
 from moelora.config import MoELoRAConfig, RouterConfig, resolve_router
 from moelora.guards import guard
 from moelora.hooks import RootHooks
@@ -77,32 +78,32 @@ def patch_model(
     refuse_patched(model)
     config = _resolve_config(config, router, top_k)
     _check_fresh(experts, num_experts, rank)
-
-    adapters = []
-    if experts is not None:
-        adapters = load_adapters(
-            experts,
-            revision=revision,
-            token=token,
-            endpoint=endpoint,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
+    with collector_paused():
+        adapters = []
+        if experts is not None:
+            adapters = load_adapters(
+                experts,
+                revision=revision,
+                token=token,
+                endpoint=endpoint,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                strict=strict,
+                progress=progress,
+            )
+        plan = make_plan(
+            model,
+            adapters,
+            config=config,
+            targets=targets,
+            roles=roles,
+            num_experts=num_experts or 0,
+            rank=rank or 0,
+            freeze_experts=freeze_experts,
             strict=strict,
-            progress=progress,
+            probe_inputs=probe_inputs,
         )
-    plan = make_plan(
-        model,
-        adapters,
-        config=config,
-        targets=targets,
-        roles=roles,
-        num_experts=num_experts or 0,
-        rank=rank or 0,
-        freeze_experts=freeze_experts,
-        strict=strict,
-        probe_inputs=probe_inputs,
-    )
-    return plan if dry_run else carry_out(model, plan)
+        return plan if dry_run else carry_out(model, plan)
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """The door to the kernels: validate, choose a way, compute. Begin with mix."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -33,9 +34,9 @@ def mix(
         ValueError: for an unknown backend.
     """
     if backend == "auto":
+        if is_decode_step(base_TO, x_TD, factors, routing):
+            return torch_paths.sliced(base_TO, x_TD, factors, routing)
         backend = choose(routing.experts_TK.shape, factors)
-        if backend == "gathered" and every_token and x_TD.shape[0] == 1 and fits_one_token(x_TD, base_TO, factors):
-            return torch_paths.one_token(base_TO, x_TD, factors, routing)
     if backend == "dense":
         return torch_paths.dense(base_TO, x_TD, factors, routing, every_token=every_token)
     if backend == "gathered":
@@ -52,6 +53,15 @@ def choose(shape_TK: tuple[int, ...], factors: Factors) -> str:
     return "gathered" if tokens * chosen * widest <= rows else "dense"
 
 
-def fits_one_token(x_TD: Tensor, base_TO: Tensor, factors: Factors) -> bool:
-    """Whether the short way for a single token computes the same: one rank, no biases, one dtype."""
-    return factors.rank is not None and factors.bias_EO is None and x_TD.dtype is base_TO.dtype
+def is_decode_step(base_TO: Tensor, x_TD: Tensor, factors: Factors, routing: Routing) -> bool:
+    """One token on a CPU, in fp32, without gradients and not under a compiler: what `sliced` is for.
+
+    In 16 bits the sum over experts would be rounded once for each of them.
+    """
+    return (
+        x_TD.shape[0] == 1
+        and x_TD.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and x_TD.dtype is base_TO.dtype is factors.A_RD.dtype is torch.float32
+        and not torch.compiler.is_compiling()
+    )

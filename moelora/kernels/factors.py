@@ -23,9 +23,7 @@ class Factors(NamedTuple):
             largest rank P.
         fill_FP: fp32, the expert's scale where `rows_FP` is a row of its own, 0 where it is filled up.
         bias_EO: an output bias of each expert, scaled and weighted as its rows are; None where no expert has one.
-        rank: the rank of all experts, if it is one and their rows stand in the order of their ids; else None. Then
-            `A_RD` is also a (E, rank * D) table of experts.
-        scale: the scale of all experts, if it is one; else None.
+        places: first row, rank and scale of each expert once more, as Python numbers.
     """
 
     A_RD: Float[Tensor, "R D"]
@@ -35,20 +33,7 @@ class Factors(NamedTuple):
     rows_FP: Int[Tensor, "F P"]
     fill_FP: Float[Tensor, "F P"]
     bias_EO: Float[Tensor, "E O"] | None = None
-    rank: int | None = None
-    scale: float | None = None
-
-
-def common_rank(starts: tuple[int, ...], ranks: tuple[int, ...]) -> int | None:
-    """The rank of all experts, if it is one, not 0, and their rows stand in the order of their ids."""
-    rank = ranks[0] if ranks else 0
-    in_order = all(start == rank * index for index, start in enumerate(starts))
-    return rank if rank and set(ranks) == {rank} and in_order else None
-
-
-def common_scale(scales: tuple[float, ...]) -> float | None:
-    """The scale of all experts, if it is one."""
-    return scales[0] if len(set(scales)) == 1 else None
+    places: tuple[tuple[int, int, float], ...] = ()
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,7 @@
-"""The mixture in plain torch, two ways: `dense` over all rank rows, `gathered` over the chosen experts' rows alone.
+"""The mixture in plain torch, three ways: `dense` over all rank rows, `gathered` and `sliced` over those that act.
 
-Both add to the base output; both leave rows without experts as they are. `dense` costs T x R whatever is chosen,
-`gathered` copies K x P rows for every token and so costs the same for 8 experts as for 800.
+All add to the base output, and leave rows without experts as they are. `dense` costs T x R whatever is chosen;
+`gathered` copies K x P rows for every token and so costs the same for 8 experts as for 800; `sliced` is for one token.
 """
 
 import torch
@@ -47,23 +47,23 @@ def gathered(
     return add(base_TO, delta_TO, routing, every_token=every_token)
 
 
-def one_token(
+def sliced(
     base_1O: Float[Tensor, "1 O"], x_1D: Float[Tensor, "1 D"], factors: Factors, routing: Routing
 ) -> Float[Tensor, "1 O"]:
-    """`gathered` for one token that has only real experts, all of one rank: a decode step, where each call counts."""
-    experts, rank, dtype = factors.scale_E.shape[0], factors.rank, x_1D.dtype
-    assert rank is not None
-    experts_K = routing.experts_TK[0]
-    A_ND = factors.A_RD.view(experts, -1).index_select(0, experts_K).view(-1, x_1D.shape[1])
-    B_NO = factors.B_RO.view(experts, -1).index_select(0, experts_K).view(-1, base_1O.shape[1])
+    """One token, expert by expert, each a slice of the rows: nothing is copied, and an empty slot is no work.
 
-    gate_K1, scale = routing.weights_TK.view(-1, 1), factors.scale
-    if scale is None:
-        gate_K1, scale = gate_K1 * factors.scale_E.index_select(0, experts_K)[:, None], 1.0
-    if dtype is not torch.float32:
-        A_ND, B_NO = A_ND.to(dtype), B_NO.to(dtype)
-    gated_1N = (F.linear(x_1D, A_ND).view(-1, rank) * gate_K1).view(1, -1)
-    return torch.addmm(base_1O, gated_1N.to(base_1O.dtype), B_NO.to(base_1O.dtype), alpha=scale)
+    Reads the ids on the host and gives no gradients: for a decode step on a CPU, where every call counts.
+    """
+    out_1O = base_1O
+    for expert, weight in zip(routing.experts_TK[0].tolist(), routing.weights_TK[0].tolist(), strict=True):
+        begin, rank, scale = factors.places[expert] if expert >= 0 else (0, 0, 0.0)
+        if not rank or weight == 0:
+            continue
+        hidden_1R = F.linear(x_1D, factors.A_RD[begin : begin + rank])
+        out_1O = torch.addmm(out_1O, hidden_1R, factors.B_RO[begin : begin + rank], alpha=weight * scale)
+        if factors.bias_EO is not None:
+            out_1O = torch.add(out_1O, factors.bias_EO[expert], alpha=weight * scale)
+    return out_1O
 
 
 def add(base_TO: Tensor, delta_TO: Tensor, routing: Routing, *, every_token: bool) -> Tensor:
