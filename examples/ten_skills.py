@@ -255,7 +255,7 @@ def main() -> None:
         shutil.rmtree(options.out, ignore_errors=True)
         moelora.save(model, options.out / "mixture", include_experts=True)
         save_file({"weight": heads.weight_CD, "bias": heads.bias_C}, options.out / "heads.safetensors")
-    draw_heat_map(rows[-3].routes, options.out / "heat_map.png")
+    draw_heat_map(routed[-1].routes, options.out / "heat_map.png")
     print_table(rows)
 
     # the hub and its cache are gone: the folder is all that is needed

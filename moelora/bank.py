@@ -185,10 +185,9 @@ class ExpertBank(nn.Module):
             self.rows_FP,
             self.fill_FP,
             self._biases_EO(),
-            self._places,
         )
         if self.A_trainable_RD is None and factors.bias_EO is None:
-            self._known = factors
+            factors = self._known = factors._replace(slices=tuple(expert[:3] for expert in self.split()))
         return factors
 
     def extra_repr(self) -> str:
@@ -237,7 +236,6 @@ class ExpertBank(nn.Module):
         starts = tuple(
             start + (frozen_rows if kind else 0) for start, kind in zip(starts_of_kind, self.trainable, strict=True)
         )
-        self._places = tuple(zip(starts, self.ranks, self.scales, strict=True))
         device = self.A_frozen_RD.device
         tensors = index_rows(starts, self.ranks, self.scales)
         names = ("scale_E", "owner_R", "rows_FP", "fill_FP")

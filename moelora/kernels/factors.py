@@ -23,7 +23,8 @@ class Factors(NamedTuple):
             largest rank P.
         fill_FP: fp32, the expert's scale where `rows_FP` is a row of its own, 0 where it is filled up.
         bias_EO: an output bias of each expert, scaled and weighted as its rows are; None where no expert has one.
-        places: first row, rank and scale of each expert once more, as Python numbers.
+        slices: each expert's own rows of A and B and its scale once more, as a Python number; empty where making them
+            would cost more than it saves, as for rows that are trained.
     """
 
     A_RD: Float[Tensor, "R D"]
@@ -33,7 +34,7 @@ class Factors(NamedTuple):
     rows_FP: Int[Tensor, "F P"]
     fill_FP: Float[Tensor, "F P"]
     bias_EO: Float[Tensor, "E O"] | None = None
-    places: tuple[tuple[int, int, float], ...] = ()
+    slices: tuple[tuple[Tensor, Tensor, float], ...] = ()
 
 
 @lru_cache(maxsize=64)

@@ -56,13 +56,9 @@ def sliced(
     """
     out_1O = base_1O
     for expert, weight in zip(routing.experts_TK[0].tolist(), routing.weights_TK[0].tolist(), strict=True):
-        begin, rank, scale = factors.places[expert] if expert >= 0 else (0, 0, 0.0)
-        if not rank or weight == 0:
-            continue
-        hidden_1R = F.linear(x_1D, factors.A_RD[begin : begin + rank])
-        out_1O = torch.addmm(out_1O, hidden_1R, factors.B_RO[begin : begin + rank], alpha=weight * scale)
-        if factors.bias_EO is not None:
-            out_1O = torch.add(out_1O, factors.bias_EO[expert], alpha=weight * scale)
+        if expert >= 0 and weight != 0:
+            A_RD, B_RO, scale = factors.slices[expert]
+            out_1O = torch.addmm(out_1O, F.linear(x_1D, A_RD), B_RO, alpha=weight * scale)
     return out_1O
 
 

@@ -74,7 +74,8 @@ class LearnedRouter(AbstractRouter):
     """
 
     every_token = True
-    balance_bias_E: Tensor | None
+    top_k: int
+    balance_bias_E: Tensor
 
     def __init__(
         self, config: Learned, in_features: int, available: Sequence[bool], *, generator: torch.Generator | None = None
@@ -87,18 +88,13 @@ class LearnedRouter(AbstractRouter):
         self.noise_weight_ED = nn.Parameter(torch.zeros(shape)) if config.noisy else None
         self.register_buffer("balance_bias_E", torch.zeros(len(available)) if config.balance_bias_speed else None)
 
-    @property
-    def top_k(self) -> int:
-        """How many experts act on a token here."""
-        return min(self.config.top_k, self._present)
-
     def forward(self, x_TD: Float[Tensor, "T D"], tape: Tape) -> Routing:
         logits_TE = self._scores(x_TD, tape)
         if not self.all_available:
             logits_TE = logits_TE.masked_fill(~self.available_E, -torch.inf)
 
         # choose by score, with the balancing bias if there is one
-        if self.balance_bias_E is not None:
+        if self.config.balance_bias_speed:
             experts_TK = (logits_TE + self.balance_bias_E).topk(self.top_k, dim=-1).indices
             chosen_TK = logits_TE.gather(-1, experts_TK)
         else:
@@ -119,14 +115,14 @@ class LearnedRouter(AbstractRouter):
         self._set_available([*self.available_E.tolist(), *available], self.weight_ED.device)
 
     def linear_gate(self) -> LinearGate | None:
-        if self.config.noisy or self.balance_bias_E is not None or not self.all_available:
+        if self.config.noisy or self.config.balance_bias_speed or not self.all_available:
             return None
         return LinearGate(self.weight_ED, self.config.temperature, self.top_k, self.config.combine)
 
     @torch.no_grad()
     def balance(self, load_E: Float[Tensor, " E"]) -> None:
         """Move the balancing bias towards the experts with too few tokens: b += speed * sign(mean load - load)."""
-        if self.balance_bias_E is not None:
+        if self.config.balance_bias_speed:
             mean = load_E[self.available_E].mean()
             self.balance_bias_E += self.config.balance_bias_speed * torch.sign(mean - load_E) * self.available_E
 
@@ -142,11 +138,10 @@ class LearnedRouter(AbstractRouter):
                 return self._scores(x_TD, tape)
 
         # fp32: in bf16 the ties between experts fall by chance, and top-k then depends on the batch
-        x_TD = x_TD.float()
-        logits_TE = F.linear(x_TD, self.weight_ED.float())
+        logits_TE = F.linear(x_TD.float(), self.weight_ED.float())
         if self.config.noisy and self.training:
             assert self.noise_weight_ED is not None
-            spread_TE = F.softplus(F.linear(x_TD, self.noise_weight_ED.float()))
+            spread_TE = F.softplus(F.linear(x_TD.float(), self.noise_weight_ED.float()))
             noise_TE = torch.randn(
                 logits_TE.shape, generator=tape.generator, device=logits_TE.device, dtype=logits_TE.dtype
             )
@@ -170,9 +165,10 @@ class LearnedRouter(AbstractRouter):
             weight = getattr(self, name)
             if weight is not None:
                 setattr(self, name, nn.Parameter(change(weight), requires_grad=weight.requires_grad))
-        if self.balance_bias_E is not None:
+        if self.config.balance_bias_speed:
             self.balance_bias_E = change(self.balance_bias_E)
 
     def _set_available(self, available: Sequence[bool], device: torch.device | None = None) -> None:
         super()._set_available(available, device)
-        self._present = sum(available)
+        # a site with fewer experts uses all it has
+        self.top_k = min(self.config.top_k, sum(available))
