@@ -1,4 +1,4 @@
-"""Who a base model is, as data in a mixture's manifest, and whether another model is the same. Begin with describe_base.
+"""Who a base model is, as data for a manifest, and whether another model is the same. Begin with describe_base.
 
 A digest covers a few values spread over a parameter: enough to tell models apart, at a cost that does not grow with
 them. It is no protection against somebody who builds a second model with the same digests.

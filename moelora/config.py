@@ -105,7 +105,12 @@ class MoELoRAConfig:
 
 def router_kind(router: RouterConfig) -> str:
     """The name of a router's class in `ROUTERS`."""
-    return next(name for name, kind in ROUTERS.items() if type(router) is kind)
+    for name, kind in ROUTERS.items():
+        if type(router) is kind:
+            return name
+    raise ValueError(
+        f"a {type(router).__name__} has no name in a saved configuration; expected one of {sorted(ROUTERS)}"
+    )
 
 
 def resolve_router(router: "str | RouterConfig", *, top_k: int) -> RouterConfig:

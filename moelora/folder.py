@@ -50,6 +50,9 @@ def write_mixture(
     Raises:
         ValueError: if a parameter is not whole, as under FSDP or ZeRO, or not finite. Nothing is written then.
     """
+    # what the last training call chose belongs to what is saved
+    mixture.hooks.balance()
+
     # everything that may be refused comes first
     entries, included = [], {}
     for index, name in enumerate(mixture.names):
@@ -122,7 +125,7 @@ def write_checkpoint(
 
 
 def trained_names(root: nn.Module, mixture: Mixture) -> set[str]:
-    """Names, in the patched model, of all that training changes: routers with their buffers, and what needs gradients."""
+    """Names, in the patched model, of all that training changes: routers with their buffers, and what has gradients."""
     trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
     routers = {f"{site}.router.{name}" for site, layer in mixture.layers.items() for name in layer.router.state_dict()}
     rows = {

@@ -24,9 +24,8 @@ TIED_KEYS = "get_expanded_tied_weights_keys"
 def guard(model: nn.Module, mixture: Mixture) -> list[Callable[[], None]]:
     """Put hooks and guards on a model that has just been patched; returns the undos."""
     handles = mixture.hooks.attach(model)
-    inner = StackHooks(mixture.tape)
     for stack in inner_stacks(model):
-        handles += inner.attach(stack)
+        handles += StackHooks(mixture.tape).attach(stack)
     undo: list[Callable[[], None]] = [handle.remove for handle in handles]
 
     embeddings = _input_embeddings(model)
@@ -116,7 +115,8 @@ class _SaveGuard:
         self.model = model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("state_dict") is None:
+        # Trainer names it even where it is None
+        if "state_dict" not in kwargs:
             raise ValueError(
                 "this model is patched: save_pretrained would write the base under names that from_pretrained does not "
                 f"find. Call moelora.save(model, {str(save_directory)!r}) for the mixture, or "

@@ -23,16 +23,16 @@ INPUTS = (*TOKENS, "input_features", "input_values", "pixel_values")
 
 
 class StackHooks:
-    """Tell the tape what a stack (the model, or an encoder or decoder inside it) was called with."""
+    """Tell the tape what its stack (the model, or an encoder or decoder inside it) was called with."""
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
-        # looked up once: torch.compile does not trace a signature
-        self.names: dict[type[nn.Module], tuple[str, ...]] = {}
+        self.names: tuple[str, ...] = ()
 
     def attach(self, stack: nn.Module) -> list[Any]:
         """Register the hooks on a stack."""
-        self.names[type(stack)] = argument_names(type(stack))
+        # looked up once: torch.compile traces no signature, and FSDP changes the class
+        self.names = argument_names(type(stack))
         return [
             stack.register_forward_pre_hook(self.begin, with_kwargs=True),
             stack.register_forward_hook(self.end, always_call=True),
@@ -40,7 +40,7 @@ class StackHooks:
 
     def begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A stack begins."""
-        values = dict(zip(self.names[type(stack)], args, strict=False)) | kwargs
+        values = dict(zip(self.names, args, strict=False)) | kwargs
         start = cached_length(values) if self.tape.depth == 0 and self.tape.settings.given is not None else 0
         self.tape.begin(read_frame(values, self.tape), start=start)
 
@@ -63,9 +63,11 @@ class RootHooks(StackHooks):
         self.layers, self.losses = layers, losses
         self.without_gradient: set[str] | None = None
         self.some_gradient = False
+        self.settled = False  # the biases have moved for the last call
 
     def attach(self, stack: nn.Module) -> list[Any]:
-        self.names[type(stack)] = argument_names(type(stack))
+        # looked up once: torch.compile traces no signature, and FSDP changes the class
+        self.names = argument_names(type(stack))
         return [
             stack.register_forward_pre_hook(self.begin, with_kwargs=True),
             stack.register_forward_hook(self.add_losses, with_kwargs=True),
@@ -77,6 +79,8 @@ class RootHooks(StackHooks):
         if outermost:
             self.balance()
         super().begin(stack, args, kwargs)
+        if outermost:
+            self.settled = False
         if outermost and stack.training and torch.is_grad_enabled():
             self.tape.collect(bool(self.losses.active()) or bool(self.balanced()))
             if not torch.compiler.is_compiling():
@@ -109,12 +113,15 @@ class RootHooks(StackHooks):
         return {
             site: router
             for site, router in routers
-            if isinstance(router, LearnedRouter) and router.balance_bias_E is not None
+            if isinstance(router, LearnedRouter) and router.config.balance_bias_speed
         }
 
     @torch.no_grad()
     def balance(self) -> None:
-        """Move the balancing biases by what the last training call chose."""
+        """Move the balancing biases by what the last training call chose: when the next begins, or before a save."""
+        if self.settled:
+            return
+        self.settled = True
         done: set[int] = set()
         for site, router in self.balanced().items():
             for record in distinct({site: self.tape.records.get(site, [])}):
@@ -193,17 +200,20 @@ def read_frame(values: Mapping[str, Any], tape: Tape) -> Frame:
         if outer is not None and (outer.batch, outer.length) == (batch, length):
             mask = outer.mask_BL
         else:
-            mask = own_keys(mask, length, cached_length(values))
+            mask = own_keys(mask, length, values)
     encoder_mask = values.get("encoder_attention_mask")
     return Frame(batch, length, two_dimensional(mask, batch, length), two_dimensional(encoder_mask, None, None))
 
 
-def own_keys(mask: Tensor, length: int | None, start: int) -> Tensor | None:
+def own_keys(mask: Tensor, length: int | None, values: Mapping[str, Any]) -> Tensor | None:
     """From an attention mask (B, 1, L, keys), boolean or additive, which tokens see themselves: padding does not.
 
     A single token, as in decoding, is never padding. None for a mask of another form.
     """
-    if mask.ndim != 4 or length is None or length == 1 or mask.shape[2] != length or mask.shape[3] < start + length:
+    if mask.ndim != 4 or length is None or length == 1 or mask.shape[2] != length:
+        return None
+    start = cached_length(values)
+    if mask.shape[3] < start + length:
         return None
     seen_BLL = mask[:, 0, :, start : start + length]
     own_BL = seen_BLL.diagonal(dim1=1, dim2=2)

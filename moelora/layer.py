@@ -62,7 +62,7 @@ class MoELoRALinear(nn.Module):
         tape.leading = shape[:-1]
         x_TD = x.reshape(-1, shape[-1])
         if settings.fixed is not None:
-            routing, every_token, repeated = settings.fixed.routing(tape.leading, x.device), False, False
+            routing, every_token, repeated = settings.fixed.routing(tape.leading, x.device, tape.batch), False, False
         else:
             router = self.router
             routing, repeated = self._route(router, x, x_TD)

@@ -74,8 +74,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise _malformed(folder, error) from error
     if major > SCHEMA_VERSION[0]:
         raise ValueError(
-            f"{str(folder)!r} was written with schema version {major}.{minor}, this moelora reads {SCHEMA_VERSION[0]}.x; "
-            "upgrade moelora"
+            f"{str(folder)!r} was written with schema version {major}.{minor}, this moelora reads "
+            f"{SCHEMA_VERSION[0]}.x; upgrade moelora"
         )
     if (major, minor) > SCHEMA_VERSION:
         warnings.warn(

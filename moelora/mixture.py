@@ -140,7 +140,7 @@ def use_experts(model: nn.Module, experts: RowMixture | Sequence[RowMixture], *,
         rows = [row for row in experts for _ in range(repeats)]
         if not rows:
             raise ValueError("experts is an empty list; give one entry for each row of the batch")
-    with _settings(model, fixed=fixed_mixture(mixture, rows), disabled=False):
+    with _settings(model, fixed=fixed_mixture(mixture, rows, repeats), disabled=False):
         yield
 
 
@@ -266,7 +266,7 @@ def _settings(model: nn.Module, **values: Any) -> Iterator[None]:
         tape.settings = before
 
 
-def fixed_mixture(mixture: Mixture, rows: Sequence[RowMixture]) -> FixedMixture:
+def fixed_mixture(mixture: Mixture, rows: Sequence[RowMixture], repeats: int = 1) -> FixedMixture:
     """The mixture of each row as ids and weights, filled up with "no expert"."""
     parsed = [_row(mixture, row) for row in rows]
     width = max(1, *(len(row) for row in parsed))
@@ -275,7 +275,7 @@ def fixed_mixture(mixture: Mixture, rows: Sequence[RowMixture]) -> FixedMixture:
     for number, row in enumerate(parsed):
         for slot, (expert, weight) in enumerate(row):
             experts_NK[number, slot], weights_NK[number, slot] = expert, weight
-    return FixedMixture(experts_NK=experts_NK, weights_NK=weights_NK)
+    return FixedMixture(experts_NK=experts_NK, weights_NK=weights_NK, repeats=repeats)
 
 
 def _row(mixture: Mixture, row: RowMixture) -> list[tuple[int, float]]:

@@ -104,7 +104,10 @@ def make_plan(
         match = match_adapter(adapter, known, model_type=model_type, model=model)
         if match.unmatched:
             shown = "; ".join(f"{key}: {reason}" for key, reason in match.unmatched[:5])
-            message = f"{len(match.unmatched)} factors of adapter {adapter.name!r} fit nowhere in this model: {shown}"
+            message = (
+                f"{len(match.unmatched)} factors of adapter {adapter.name!r} ({adapter.source}) fit nowhere in this "
+                f"model: {shown}"
+            )
             if strict or not match.factors:
                 raise AdapterError(f"{message}; is it an adapter of another base model? (strict=False leaves them out)")
             notes.append(message)

@@ -30,14 +30,20 @@ def in_backward() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class FixedMixture:
-    """A mixture that somebody fixed by hand: for all rows (N = 1) or one per row of the batch (N = B)."""
+    """A mixture that somebody fixed by hand: for all rows (N = 1) or one per row of the batch (N = B).
+
+    `repeats` rows in a row belong together: an encoder runs before the model repeats its rows and sees one of them.
+    """
 
     experts_NK: Int[Tensor, "N K"]
     weights_NK: Float[Tensor, "N K"]
+    repeats: int = 1
 
-    def routing(self, leading: tuple[int, ...], device: torch.device) -> Routing:
-        """The routing of an input whose shape is `leading` + (D,)."""
+    def routing(self, leading: tuple[int, ...], device: torch.device, batch: int | None = None) -> Routing:
+        """The routing of an input whose shape is `leading` + (D,), in a stack that runs on `batch` rows."""
         experts_NK, weights_NK = self.experts_NK.to(device), self.weights_NK.to(device)
+        if self.repeats > 1 and batch is not None and batch * self.repeats == experts_NK.shape[0]:
+            experts_NK, weights_NK = experts_NK[:: self.repeats], weights_NK[:: self.repeats]
         return Routing(spread_rows(experts_NK, leading), spread_rows(weights_NK, leading))
 
 
@@ -132,6 +138,11 @@ class Tape:
     def frame(self) -> Frame | None:
         """The innermost running stack's frame."""
         return self._frames[-1] if self._frames else None
+
+    @property
+    def batch(self) -> int | None:
+        """How many rows the innermost running stack works on."""
+        return self._frames[-1].batch if self._frames else None
 
     @property
     def depth(self) -> int:
@@ -232,7 +243,7 @@ class Tape:
         length, remainder = divmod(tokens, batch)
         if remainder or (len(leading) > 1 and leading != (batch, length)):
             raise ValueError(
-                f"expert ids were given for {batch} rows of {known} tokens, but the input has the shape {leading}; "
+                f"expert ids were given for {batch} rows of {known} tokens, but the input has the shape {tuple(leading)}; "
                 "give ids per row, or one id for each token of this input"
             )
         stop = self._start + length
@@ -261,7 +272,7 @@ def spread_rows(values_NK: Tensor, leading: tuple[int, ...]) -> Tensor:
     fits = leading[0] == rows if len(leading) > 1 else tokens % rows == 0
     if not fits:
         raise ValueError(
-            f"a mixture was given for each of {rows} rows, but the input of this site has the shape {leading}; "
+            f"a mixture was given for each of {rows} rows, but the input of this site has the shape {tuple(leading)}; "
             "give one entry for each row of the batch (with beam search or several return sequences, "
             "`repeats=` says how often the model repeats a row), or one mixture for all rows"
         )

@@ -1,14 +1,17 @@
-"""What tests of the front door share: adapters made by PEFT, outputs to compare, and a model's every detail to compare."""
+"""What tests of the front door share: adapters made by PEFT, outputs, and what a refusal must leave as it was."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from adapters_on_disk import main_output
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from untouched import untouched
 
 import moelora
 from moelora.testing import tiny
@@ -48,3 +51,20 @@ def lora(family: str, folder: Path, config: LoraConfig, *, model: nn.Module | No
 def in_memory(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """A folder's adapter as a state dict and its config."""
     return load_file(folder / WEIGHTS), json.loads((folder / "adapter_config.json").read_text())
+
+
+def files_below(*folders: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file."""
+    found = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+
+
+@contextmanager
+def nothing_happens(model: nn.Module, *folders: Path) -> Iterator[None]:
+    """What runs inside leaves the model as it was, and the files in these folders and in the hub client's home."""
+    folders = (*folders, Path(os.environ["HF_HOME"]))
+    before = files_below(*folders)
+    with untouched(model):
+        yield
+    assert not moelora.is_patched(model)
+    assert files_below(*folders) == before, "files were written"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import moelora
+from moelora.mixture import find_mixture
 from moelora.testing import tiny
 
 
@@ -62,7 +63,7 @@ def test_a_split_adapter_on_a_fused_base(lora_bias, tmp_path):
 
     model = moelora.patch_model(fused, [tmp_path / "split"], router="given")
 
-    assert {path.rpartition(".")[2] for path in model._moelora.layers} == {"qkv_proj", "o_proj", "gate_up_proj"}
+    assert {path.rpartition(".")[2] for path in find_mixture(model)[1].layers} == {"qkv_proj", "o_proj", "gate_up_proj"}
     assert_same(alone(model, "split"), expected)
 
 
@@ -77,7 +78,7 @@ def test_a_fused_adapter_on_a_split_base(lora_bias, tmp_path):
 
     model = moelora.patch_model(split, [tmp_path / "fused"], router="given")
 
-    assert len(model._moelora.layers) == 2 * 6
+    assert len(find_mixture(model)[1].layers) == 2 * 6
     assert_same(alone(model, "fused"), expected)
 
 
@@ -154,14 +155,19 @@ def test_a_composite_models_adapter_named_by_transformers_4(tmp_path):
 
     images = {"input_ids": torch.full((1, 6), 49), "pixel_values": torch.randn(1, 3, 8, 8)}
     images["input_ids"][:, 4:] = 3
+    source = (tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
     model = moelora.patch_model(
         composite(),
-        {"seen": (tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 4})},
+        {"seen": source},
         router="given",
         probe_inputs=images,
     )
 
-    assert set(model._moelora.layers) == set(new)
+    assert set(find_mixture(model)[1].layers) == set(new)
+    moelora.add_expert(model, source, name="again")
     base = composite()(**images).logits
     with moelora.use_experts(model, "seen"):
-        assert (model(**images).logits - base).abs().max() > 1e-3
+        seen = model(**images).logits
+    with moelora.use_experts(model, "again"):
+        assert torch.equal(model(**images).logits, seen)
+    assert (seen - base).abs().max() > 1e-3

@@ -53,12 +53,14 @@ def test_a_pushed_mixture_comes_back_bit_for_bit(hub, tmp_path):
     files = hub.repos["acme/mix"].commits[hub.repos["acme/mix"].refs["main"]]
     assert url.startswith(hub.endpoint)
     assert sorted(files) == [
+        ".gitattributes",
         "README.md",
         "experts/002/adapter_config.json",
         "experts/002/adapter_model.safetensors",
         "moelora_config.json",
         "routers.safetensors",
     ]
+    hub.requests.clear()
     loaded = moelora.load(
         tiny.model("gpt2"), "acme/mix", endpoint=hub.endpoint, cache_dir=tmp_path / "another cache", token=TOKEN
     )
@@ -85,7 +87,7 @@ def test_experts_from_folders_go_up_with_the_mixture(hub, tmp_path):
     moelora.push_to_hub(model, "acme/mix", token=TOKEN, endpoint=hub.endpoint)
 
     files = hub.repos["acme/mix"].commits[hub.repos["acme/mix"].refs["main"]]
-    assert {path.rpartition("/")[0] for path in files} == {"", "experts/001"}
+    assert {path.rpartition("/")[0] for path in files} == {"", "experts/001"}, "of the local expert alone"
     assert not any(b"secret-home" in content for content in files.values())
     (tmp_path / "secret-home").rename(tmp_path / "gone")
     loaded = moelora.load(tiny.model("gpt2"), "acme/mix@main", **place)

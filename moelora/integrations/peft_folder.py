@@ -1,7 +1,7 @@
 """Write experts as a plain PEFT LoRA folder, which any tool can read. Begin with write_adapter.
 
-A PEFT scale is lora_alpha / r (or, for rsLoRA, lora_alpha / sqrt(r)), so a site whose rank or scale differs from the rest goes into rank_pattern and
-alpha_pattern; a scale itself is never rounded into the factors.
+A PEFT scale is lora_alpha / r (or, for rsLoRA, lora_alpha / sqrt(r)), so a site whose rank or scale differs from the
+rest goes into rank_pattern and alpha_pattern; a scale itself is never rounded into the factors.
 """
 
 import json

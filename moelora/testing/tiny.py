@@ -2,21 +2,26 @@
 
     model = tiny.model("llama")
     logits = model(**tiny.inputs(model)).logits
+    tiny.adapter(model, "law-lora")                     # a folder with a random PEFT LoRA of it
 
-Two layers, small distinct widths, float32, eval mode. Neither function touches the global random state.
+Two layers, small distinct widths, float32, eval mode. No function here touches the global random state.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from moelora.bank import Expert
 from moelora.integrations.example_inputs import example_inputs
+from moelora.integrations.peft_folder import write_adapter
+from moelora.integrations.targets import resolve_sites
 from moelora.testing.tiny_configs import CONFIGS
 
 FAMILIES: tuple[str, ...] = tuple(CONFIGS)
@@ -61,6 +66,21 @@ def inputs(model: nn.Module, *, batch: int = 2, length: int = 7, seed: int = 0) 
         ids[1::2, -3:-2] = moved
         made["attention_mask"] = mask
     return made
+
+
+def adapter(model: nn.Module, folder: str | Path, *, seed: int = 0, rank: int = 4) -> None:
+    """Write a random LoRA for the attention and state-space projections of a model, as PEFT would have saved it."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = {
+        site.path: Expert(
+            torch.randn(rank, site.in_features, generator=generator) / 8,
+            torch.randn(rank, site.out_features, generator=generator) / 8,
+            2.0,
+        )
+        for site in resolve_sites(model).sites
+    }
+    conv1d = any(type(model.get_submodule(path)).__name__ == "Conv1D" for path in experts)
+    write_adapter(Path(folder), experts, fan_in_fan_out=conv1d)
 
 
 @contextmanager
