@@ -23,6 +23,7 @@ from moelora.surgery import install, restore
 from moelora.tape import Tape
 
 
+@collector_paused()
 def patch_model(
     model: nn.Module,
     experts: "Sequence[Any] | Mapping[str, Any] | None" = None,
@@ -78,32 +79,31 @@ def patch_model(
     refuse_patched(model)
     config = _resolve_config(config, router, top_k)
     _check_fresh(experts, num_experts, rank)
-    with collector_paused():
-        adapters = []
-        if experts is not None:
-            adapters = load_adapters(
-                experts,
-                revision=revision,
-                token=token,
-                endpoint=endpoint,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                strict=strict,
-                progress=progress,
-            )
-        plan = make_plan(
-            model,
-            adapters,
-            config=config,
-            targets=targets,
-            roles=roles,
-            num_experts=num_experts or 0,
-            rank=rank or 0,
-            freeze_experts=freeze_experts,
+    adapters = []
+    if experts is not None:
+        adapters = load_adapters(
+            experts,
+            revision=revision,
+            token=token,
+            endpoint=endpoint,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
             strict=strict,
-            probe_inputs=probe_inputs,
+            progress=progress,
         )
-        return plan if dry_run else carry_out(model, plan)
+    plan = make_plan(
+        model,
+        adapters,
+        config=config,
+        targets=targets,
+        roles=roles,
+        num_experts=num_experts or 0,
+        rank=rank or 0,
+        freeze_experts=freeze_experts,
+        strict=strict,
+        probe_inputs=probe_inputs,
+    )
+    return plan if dry_run else carry_out(model, plan)
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:

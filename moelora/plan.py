@@ -11,6 +11,7 @@ from torch import nn
 from moelora.bank import Expert, absent_expert
 from moelora.config import MoELoRAConfig
 from moelora.integrations.adapters import Adapter, AdapterError, AdapterSource, SiteFactors
+from moelora.integrations.card import looks_like_hub_id
 from moelora.integrations.families import linear_sizes, linears
 from moelora.integrations.matching import match_adapter
 from moelora.integrations.targets import Resolution, Site, resolve_sites
@@ -112,7 +113,7 @@ def make_plan(
                 raise AdapterError(f"{message}; is it an adapter of another base model? (strict=False leaves them out)")
             notes.append(message)
         notes += [f"{adapter.name}: {note}" for note in (*adapter.notes, *match.notes)]
-        warn_of_another_base(adapter, model)
+        notes += doubts(adapter, model)
         experts.append(
             ExpertPlan(name=adapter.name, source=adapter.source, factors=match.factors, trainable=not freeze_experts)
         )
@@ -164,11 +165,21 @@ def check_placed(expert: ExpertPlan, resolution: Resolution, *, strict: bool, no
     return ExpertPlan(name=expert.name, source=expert.source, factors=kept, trainable=expert.trainable)
 
 
-def warn_of_another_base(adapter: Adapter, model: nn.Module) -> None:
-    """Say so if an adapter names another base model. Names are no proof: shapes have been checked already."""
-    own = getattr(model, "name_or_path", "") or ""
-    if adapter.base_model and own and adapter.base_model.split("/")[-1].lower() != str(own).split("/")[-1].lower():
-        logger.info("adapter %r says that its base is %r; this model is %r", adapter.name, adapter.base_model, own)
+def doubts(adapter: Adapter, model: nn.Module) -> list[str]:
+    """What may be wrong with an adapter though it fits: another base by name, a revision that moves.
+
+    Names are no proof, neither way: keys and shapes have been checked already.
+    """
+    found = []
+    own = str(getattr(model, "name_or_path", "") or "")
+    names = [name for name in (adapter.base_model, own) if name and looks_like_hub_id(name)]
+    if len(names) == 2 and len({name.split("/")[-1].lower() for name in names}) == 2:
+        found.append(f"{adapter.name}: trained on {adapter.base_model!r}, it says; this model is {own!r}")
+    source = adapter.source
+    if source.kind == "hub" and source.commit is not None and source.revision != source.commit:
+        pinned = f"{source.location}@{source.commit}"
+        found.append(f"{adapter.name}: {source.revision or 'main'!r} may move; {pinned!r} is what was loaded")
+    return found
 
 
 def base_dtype(module: nn.Module, model: nn.Module) -> torch.dtype:

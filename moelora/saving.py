@@ -11,6 +11,7 @@ from torch import nn
 
 import moelora
 from moelora.base_model import check_base
+from moelora.collector import collector_paused
 from moelora.folder import parts_of, put_tensors, read_tensors, write_mixture
 from moelora.integrations.adapters import Adapter, load_adapters
 from moelora.integrations.card import model_card
@@ -36,6 +37,7 @@ def save(model: nn.Module, folder: "str | Path", *, include_experts: bool = Fals
     write_mixture(root, mixture, Path(folder), include_experts=include_experts)
 
 
+@collector_paused()
 def load(
     model: nn.Module,
     folder_or_repo_id: "str | Path",

@@ -243,8 +243,8 @@ class Tape:
         length, remainder = divmod(tokens, batch)
         if remainder or (len(leading) > 1 and leading != (batch, length)):
             raise ValueError(
-                f"expert ids were given for {batch} rows of {known} tokens, but the input has the shape {tuple(leading)}; "
-                "give ids per row, or one id for each token of this input"
+                f"expert ids were given for {batch} rows of {known} tokens, but the input has the shape "
+                f"{tuple(leading)}; give ids per row, or one id for each token of this input"
             )
         stop = self._start + length
         if stop > known:

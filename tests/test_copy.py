@@ -26,23 +26,23 @@ def patched(family="llama", *, seed=1, share_router=False):
     return model
 
 
-def logits(model, inputs):
+def _logits(model, inputs):
     with torch.no_grad():
         return model(**inputs).logits
 
 
-def labelled(model):
+def _labelled(model):
     inputs = tiny.inputs(model)
     return inputs | {"labels": inputs.get("decoder_input_ids", inputs["input_ids"])}
 
 
-def train_step(model):
-    output = model.train()(**labelled(model))
+def _train_step(model):
+    output = model.train()(**_labelled(model))
     output.loss.backward()
     return output
 
 
-def pickled(model, folder):
+def _pickled(model, folder):
     torch.save(model, folder / "model.pt")
     return torch.load(folder / "model.pt", weights_only=False)
 
@@ -50,7 +50,7 @@ def pickled(model, folder):
 @pytest.fixture(params=["deepcopy", "pickle"])
 def copied(request, tmp_path):
     """Both ways to copy a model."""
-    return copy.deepcopy if request.param == "deepcopy" else lambda model: pickled(model, tmp_path)
+    return copy.deepcopy if request.param == "deepcopy" else lambda model: _pickled(model, tmp_path)
 
 
 @pytest.mark.parametrize("after_training", [False, True])
@@ -59,18 +59,18 @@ def test_a_copy_is_the_same_model(family, after_training, copied):
     """Equal logits and losses, no shared module or tensor, also when the tape still holds a training step's graph."""
     model = patched(family)
     if after_training:
-        train_step(model)
+        _train_step(model)
         model.zero_grad()
 
     twin = copied(model)
 
-    assert torch.equal(logits(twin.eval(), tiny.inputs(model)), logits(model.eval(), tiny.inputs(model)))
+    assert torch.equal(_logits(twin.eval(), tiny.inputs(model)), _logits(model.eval(), tiny.inputs(model)))
     assert not {id(module) for module in model.modules()} & {id(module) for module in twin.modules()}
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in twin.parameters()}
     torch.manual_seed(3)
-    ours = train_step(model)
+    ours = _train_step(model)
     torch.manual_seed(3)
-    theirs = train_step(twin)
+    theirs = _train_step(twin)
     assert torch.equal(ours.loss, theirs.loss)
     assert torch.equal(ours.aux_loss, theirs.aux_loss)
 
@@ -81,57 +81,57 @@ def test_a_copy_is_steered_and_trained_alone(family, copied):
     model = patched(family)
     twin = copied(model)
     inputs = tiny.inputs(model)
-    routed = logits(model, inputs)
+    routed = _logits(model, inputs)
 
     with moelora.disabled(model), moelora.record(model) as recording:
-        assert torch.equal(logits(twin, inputs), routed)
-        assert not torch.equal(logits(model, inputs), routed)
+        assert torch.equal(_logits(twin, inputs), routed)
+        assert not torch.equal(_logits(model, inputs), routed)
     with moelora.record(model) as recording:
-        logits(twin, inputs)
+        _logits(twin, inputs)
         assert not recording
-    train_step(twin)
+    _train_step(twin)
     assert not model._moelora.tape.records
     with pytest.raises(ValueError, match="no routing was kept"):
         moelora.aux_loss(model)
     for parameter in twin.parameters():
         parameter.data.zero_()
-    assert torch.equal(logits(model, inputs), routed)
+    assert torch.equal(_logits(model, inputs), routed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unpatching_a_copy_leaves_the_original_patched(family, copied):
     """The copy becomes its base; hooks, guards and fused paths of the original stay as they were."""
-    base = logits(tiny.model(family), tiny.inputs(tiny.model(family)))
+    base = _logits(tiny.model(family), tiny.inputs(tiny.model(family)))
     model = patched(family)
     inputs = tiny.inputs(model)
-    routed = logits(model, inputs)
+    routed = _logits(model, inputs)
     twin = copied(model)
 
     moelora.unpatch_model(twin)
 
-    assert torch.equal(logits(twin, inputs), base)
+    assert torch.equal(_logits(twin, inputs), base)
     assert all(parameter.requires_grad for parameter in twin.parameters())
     assert not moelora.is_patched(twin)
     twin.state_dict()
     assert "save_pretrained" not in vars(twin)
-    assert torch.equal(logits(model, inputs), routed)
+    assert torch.equal(_logits(model, inputs), routed)
     with pytest.raises(ValueError, match="is patched"):
         model.save_pretrained("nowhere")
     moelora.unpatch_model(model)
-    assert torch.equal(logits(model, inputs), base)
+    assert torch.equal(_logits(model, inputs), base)
 
 
 def test_a_copy_warns_of_its_own_tensors(copied):
     """What gets no gradient is watched in each copy anew."""
     model = patched()
-    train_step(model)
-    train_step(model)
+    _train_step(model)
+    _train_step(model)
     twin = copied(model)
     twin.register_parameter("forgotten", torch.nn.Parameter(torch.zeros(3)))
-    train_step(twin)
+    _train_step(twin)
 
     with pytest.warns(UserWarning, match="1 trainable tensors got no gradient .* forgotten"):
-        train_step(twin)
+        _train_step(twin)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -139,12 +139,12 @@ def test_a_cast_model_computes_in_that_dtype(dtype):
     """`.to(dtype)`: logits in that dtype and near those in fp32, weights of the routings still fp32, scales exact."""
     model = patched()
     inputs = tiny.inputs(model)
-    expected = logits(model, inputs)
+    expected = _logits(model, inputs)
     scales = [layer.bank.scale_E.clone() for layer in model._moelora.layers.values()]
 
     model.to(dtype)
     with moelora.record(model) as recording:
-        got = logits(model, inputs)
+        got = _logits(model, inputs)
 
     assert got.dtype == dtype
     assert all(routing.weights_TK.dtype == torch.float32 for routing in recording.values())
@@ -156,13 +156,13 @@ def test_a_cast_model_computes_in_that_dtype(dtype):
         # near ties between experts fall otherwise for a token here and there
         assert (got.float() - expected).abs().median() < 0.05
     with moelora.disabled(model):
-        assert torch.equal(logits(model, inputs), logits(tiny.model("llama").to(dtype), inputs))
+        assert torch.equal(_logits(model, inputs), _logits(tiny.model("llama").to(dtype), inputs))
 
 
 def test_half_trains_nothing_silently():
     """`.half()` casts the trainable rows too, and a step still reaches them."""
     model = patched().half()
-    train_step(model)
+    _train_step(model)
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None for parameter in trained)
@@ -172,20 +172,20 @@ def test_two_models_do_not_meet():
     """Calls, settings and training of two patched models in turn are those of each alone."""
     one, other = patched(seed=1), patched("gpt2", seed=2)
     inputs = tiny.inputs(one)
-    alone = logits(one, inputs), logits(other, inputs)
+    alone = _logits(one, inputs), _logits(other, inputs)
 
     with moelora.use_experts(one, "expert0"), moelora.disabled(other):
-        logits(one, inputs)
-        logits(other, inputs)
-    loss_of_one = one.train()(**labelled(one)).loss
-    loss_of_other = other.train()(**labelled(other)).loss
+        _logits(one, inputs)
+        _logits(other, inputs)
+    loss_of_one = one.train()(**_labelled(one)).loss
+    loss_of_other = other.train()(**_labelled(other)).loss
     loss_of_one.backward()
     aux = moelora.aux_loss(other)
     loss_of_other.backward()
 
     assert aux > 0
-    assert torch.equal(logits(one.eval(), inputs), alone[0])
-    assert torch.equal(logits(other.eval(), inputs), alone[1])
+    assert torch.equal(_logits(one.eval(), inputs), alone[0])
+    assert torch.equal(_logits(other.eval(), inputs), alone[1])
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
@@ -194,9 +194,9 @@ def test_a_failed_call_leaves_nothing_behind(family, training):
     """An error inside forward, within a context: the next call is right, and so is the next training step."""
     model = patched(family)
     inputs = tiny.inputs(model)
-    routed = logits(model, inputs)
+    routed = _logits(model, inputs)
     torch.manual_seed(3)
-    expected = train_step(model).loss.detach()
+    expected = _train_step(model).loss.detach()
     model.train(training)
     site = list(model._moelora.layers)[-1]
     handle = model.get_submodule(site).base.register_forward_pre_hook(lambda *_: 1 / 0)
@@ -206,16 +206,16 @@ def test_a_failed_call_leaves_nothing_behind(family, training):
     handle.remove()
 
     assert model._moelora.tape.depth == 0
-    assert torch.equal(logits(model.eval(), inputs), routed)
+    assert torch.equal(_logits(model.eval(), inputs), routed)
     torch.manual_seed(3)
-    assert torch.equal(train_step(model).loss, expected)
+    assert torch.equal(_train_step(model).loss, expected)
 
 
 def test_two_threads_call_two_models():
     """The state of a call belongs to its model, whatever else runs."""
     models = [patched(seed=1), patched(seed=2)]
     inputs = tiny.inputs(models[0])
-    expected = [logits(model, inputs) for model in models]
+    expected = [_logits(model, inputs) for model in models]
     wrong, start = [], threading.Barrier(2)
 
     def work(number):
@@ -223,8 +223,8 @@ def test_two_threads_call_two_models():
         for turn in range(20):
             if turn % 5 == 4:
                 with moelora.disabled(models[number]):
-                    logits(models[number], inputs)
-            elif not torch.equal(logits(models[number], inputs), expected[number]):
+                    _logits(models[number], inputs)
+            elif not torch.equal(_logits(models[number], inputs), expected[number]):
                 wrong.append((number, turn))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
@@ -241,7 +241,7 @@ def test_threads_train_two_models():
     models = [patched(seed=1), patched(seed=2)]
     expected = []
     for model in models:
-        train_step(model)
+        _train_step(model)
         expected.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         model.zero_grad()
     start = threading.Barrier(2)
@@ -250,7 +250,7 @@ def test_threads_train_two_models():
         start.wait()
         for _ in range(5):
             model.zero_grad()
-            train_step(model)
+            _train_step(model)
 
     threads = [threading.Thread(target=work, args=(model,)) for model in models]
     for thread in threads:

@@ -134,7 +134,7 @@ def _site(
         return f"{shown(path)}: lora_B.bias {shapes[bias].dtype} {shapes[bias].shape}; expected ({out_features},)"
 
     scale = config.scale(path, rank)
-    if abs(scale) > limits.scale:
+    if not abs(scale) <= limits.scale:
         return f"{shown(path)}: scale {scale:g} (lora_alpha / r); expected at most {limits.scale:g}"
     return SiteKeys(slots["A"], slots["B"], bias, rank, in_features, out_features, scale)
 
