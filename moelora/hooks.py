@@ -70,7 +70,7 @@ class RootHooks(StackHooks):
         self.names = argument_names(type(stack))
         return [
             stack.register_forward_pre_hook(self.begin, with_kwargs=True),
-            stack.register_forward_hook(self.add_losses, with_kwargs=True),
+            stack.register_forward_hook(self.finish, with_kwargs=True),
             stack.register_forward_hook(self.end, always_call=True),
         ]
 
@@ -82,13 +82,22 @@ class RootHooks(StackHooks):
         if outermost:
             self.settled = False
         if outermost and stack.training and torch.is_grad_enabled():
-            self.tape.collect(bool(self.losses.active()) or bool(self.balanced()))
+            self.tape.collect(len(self.losses.active()) > 0 or len(self.balanced()) > 0)
             if not torch.compiler.is_compiling():
                 self.watch_gradients(stack)
 
-    def add_losses(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Add the weighted losses to the model's own loss, in training."""
-        if self.tape.depth != 1 or not self.tape.records or not self.losses.active():
+    def finish(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """What a training call returns: its loss with those on the routings, watched for its backward pass."""
+        if self.tape.depth != 1 or not stack.training or not torch.is_grad_enabled():
+            return None
+        changed = self.add_losses(stack, kwargs, output)
+        if not torch.compiler.is_compiling():
+            self.tape.follow(tensors_in(output if changed is None else changed))
+        return changed
+
+    def add_losses(self, stack: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
+        """The output with the weighted losses added to the model's own; None where there is nothing to add."""
+        if not self.tape.records or not self.losses.active():
             return None
         loss = loss_in(output, kwargs)
         if loss is None:
@@ -241,6 +250,14 @@ def loss_in(output: Any, kwargs: Mapping[str, Any]) -> Tensor | None:
     else:
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors that a model returned at the top level."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def token_share(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:

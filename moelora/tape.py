@@ -5,13 +5,15 @@ they have to do and leave their routings in `write`. Three rules, each with a re
 
 - *Settings are copied when a call begins.* Activation checkpointing runs a layer a second time during backward, when a
   context such as `disabled` may long be over; the second run must see what the first saw.
-- *The tape lives on until the next call begins*, so that it is there for that second run. It is a plain object and
-  neither thread-local nor a context variable, because recomputation runs on autograd's own threads.
+- *A backward pass knows its call*: hooks on what a call returned notice when backward enters it. The tape is a plain
+  object and neither thread-local nor a context variable, because recomputation runs on autograd's own threads.
 - *A second run is never recorded*: the routings of a call are written while it runs, and only then.
 """
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moelora.routing import NO_EXPERT, Routing
+
+CALLS_BEFORE_BACKWARD = 16
+"""How many calls keep what reentrant checkpointing has to hand to their second pass."""
 
 
 def in_backward() -> bool:
@@ -87,6 +92,15 @@ class Record(NamedTuple):
     repeated: bool = False
 
 
+@dataclass(eq=False, frozen=True, kw_only=True)
+class Call:
+    """One call of the model: its number, its settings, and how many tokens the cache held when it began."""
+
+    number: int
+    settings: Settings
+    start: int
+
+
 @dataclass
 class Tape:
     """See the head of this file."""
@@ -98,12 +112,15 @@ class Tape:
     leading: tuple[int, ...] = ()  # shape, without its last axis, of the input that a site is at work on
 
     _call: Settings = field(default_factory=Settings)
-    _frames: list[Frame] = field(default_factory=list)
     _start: int = 0  # tokens that the cache held when the call began
+    _number: int = 0  # of the call; compiled code does not count, or it would be compiled for each number
+    _frames: list[Frame] = field(default_factory=list)
+    _backward: list[Call] = field(default_factory=list)  # calls that the running backward pass goes through
+    _task: int = -1  # autograd's number of that pass
     _collecting: bool = False
     _shared: "dict[int, tuple[weakref.ref[Tensor], Routing]]" = field(default_factory=dict)
     records: dict[str, list[Record]] = field(default_factory=dict)
-    leaves: dict[str, list[Routing]] = field(default_factory=dict)
+    leaves: dict[str, list[tuple[int, Routing]]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model starts a life of its own: settings and open calls stay behind."""
@@ -118,10 +135,12 @@ class Tape:
         """A stack begins. The outermost one opens a new call, unless it is run again during backward."""
         if not self._frames and not in_backward():
             self._call, self._start = self.settings, start
+            if not torch.compiler.is_compiling():
+                self._number += 1
             self._collecting = False
+            self._backward.clear()
             self._shared.clear()
             self.records.clear()
-            self.leaves.clear()
         self._frames.append(frame)
 
     def end(self) -> None:
@@ -152,12 +171,48 @@ class Tape:
     @property
     def current(self) -> Settings:
         """What a layer that runs now has to do: the call's settings within it and in its backward pass."""
-        return self._call if self._frames or in_backward() else self.settings
+        if self._frames:
+            return self._call
+        return self.second_pass().settings if in_backward() else self.settings
 
     @property
     def collecting(self) -> bool:
         """True while routings of the running call are kept for losses or recordings."""
-        return bool(self._frames) and (self._collecting or bool(self.recordings)) and not in_backward()
+        wanted = self._collecting or len(self.recordings) > 0
+        return wanted and len(self._frames) > 0 and not in_backward()
+
+    def follow(self, outputs: Iterable[Tensor]) -> None:
+        """Notice when backward enters the running call, by what the call returned."""
+        enter = partial(self._enter_backward, self._latest())
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(enter)
+
+    def _latest(self) -> Call:
+        return Call(number=self._number, settings=self._call, start=self._start)
+
+    def _enter_backward(self, call: Call, gradient: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            self._backward.clear()
+        if call not in self._backward:
+            self._backward.append(call)
+
+    def second_pass(self) -> Call:
+        """The call that a layer is run again for, during backward.
+
+        Raises:
+            ValueError: if the pass goes through several calls whose settings differ.
+        """
+        calls = self._backward or [self._latest()]
+        if any(call.settings is not calls[0].settings for call in calls):
+            raise ValueError(
+                "one backward pass goes through calls with different fixed mixtures or given ids, and activation "
+                "checkpointing runs their layers again without saying for which call; call backward() for each of "
+                "them, or switch activation checkpointing off"
+            )
+        return calls[0]
 
     # --- routings -------------------------------------------------------------------------------------------------
 
@@ -195,19 +250,28 @@ class Tape:
                         logits_TE=routing.logits_TE.detach().requires_grad_(),
                         weights_TK=routing.weights_TK.detach().requires_grad_(),
                     )
-                    self.leaves.setdefault(site, []).append(leaf)
+                    self.leaves.setdefault(site, []).append((self._number, leaf))
                     records[index] = Record(leaf, valid_T)
+        self._forget_leaves()
         return self.records
+
+    def _forget_leaves(self) -> None:
+        """Let go of leaves that were never asked for, so that calls without a backward pass do not pile up."""
+        for waiting in self.leaves.values():
+            while waiting and waiting[0][0] <= self._number - CALLS_BEFORE_BACKWARD:
+                _known(waiting.pop(0)[1].logits_TE).register_hook(_too_late)
 
     def attach(self, site: str, output: Tensor, routing: Routing) -> Tensor:
         """The site's output, which in a second pass also carries the gradients that wait for its routing."""
-        leaves = self.leaves.get(site)
-        if not leaves or routing.logits_TE is None or not routing.logits_TE.requires_grad or not in_backward():
+        waiting = self.leaves.get(site)
+        if not waiting or routing.logits_TE is None or not routing.logits_TE.requires_grad or not in_backward():
             return output
-        # a module that a model uses several times has several routings: the same input gives the same scores
-        for leaf in leaves:
-            if len(leaves) == 1 or torch.equal(_known(leaf.logits_TE), routing.logits_TE):
-                leaves.remove(leaf)
+        # several calls may wait, and a module that a model uses several times has several routings in each: the same
+        # input gives the same scores
+        alone = len(waiting) == 1 and waiting[0][0] == self._number
+        for index, (_, leaf) in enumerate(waiting):
+            if alone or _same(_known(leaf.logits_TE), routing.logits_TE):
+                del waiting[index]
                 return _Attach.apply(
                     output, routing.logits_TE, routing.weights_TK, _known(leaf.logits_TE).grad, leaf.weights_TK.grad
                 )
@@ -246,7 +310,8 @@ class Tape:
                 f"expert ids were given for {batch} rows of {known} tokens, but the input has the shape "
                 f"{tuple(leading)}; give ids per row, or one id for each token of this input"
             )
-        stop = self._start + length
+        start = self._start if self._frames else self.second_pass().start
+        stop = start + length
         if stop > known:
             if given.rest is None:
                 raise ValueError(
@@ -254,7 +319,7 @@ class Tape:
                     "give ids for all tokens, or say with `rest=` which expert takes those behind"
                 )
             ids = torch.cat([ids, ids.new_full((batch, stop - known, *ids.shape[2:]), given.rest)], dim=1)
-        return ids[:, self._start : stop].reshape(tokens, -1)
+        return ids[:, start:stop].reshape(tokens, -1)
 
 
 def spread_rows(values_NK: Tensor, leading: tuple[int, ...]) -> Tensor:
@@ -290,6 +355,18 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return (grad_outputs[0], *ctx.gradients, None, None)
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(left, right)
+
+
+def _too_late(gradient: Tensor) -> None:
+    raise ValueError(
+        f"more than {CALLS_BEFORE_BACKWARD} calls of the model came between a call and its backward pass; with "
+        "reentrant activation checkpointing the losses on its routings are lost by then: call backward() earlier, "
+        "or use non-reentrant checkpointing"
+    )
 
 
 def _known(tensor: Tensor | None) -> Tensor:

@@ -155,7 +155,7 @@ def test_a_shared_router_counts_once():
     """q, k and v with one router are one answer, not three."""
     shared = Routing(torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1), torch.tensor([[30.0, 0.0]] * 4))
     other = Routing(torch.arange(4)[:, None] % 2, torch.ones(4, 1), torch.zeros(4, 2))
-    records = {name: [Record(shared, None)] for name in "qkv"} | {"o": [Record(other, None)]}
+    records = {name: [Record(shared, None, repeated=name != "q")] for name in "qkv"} | {"o": [Record(other, None)]}
 
     torch.testing.assert_close(weigh(records, AuxLosses(load_balance=1.0)), torch.tensor(1.5))
 

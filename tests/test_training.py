@@ -8,6 +8,7 @@ import torch
 
 import moelora
 from moelora import AuxLosses, Learned, MoELoRAConfig
+from moelora.tape import CALLS_BEFORE_BACKWARD
 from moelora.testing import tiny
 
 BALANCED = AuxLosses(load_balance=0.5, z_loss=0.1, importance=0.1)
@@ -275,3 +276,75 @@ def test_autocast_routes_in_fp32():
 
     scores = [routing.logits_TE for routing in recording.values()]
     assert all(logits_TE is not None and logits_TE.dtype == torch.float32 for logits_TE in scores)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("together", [False, True])
+def test_two_calls_before_backward(reentrant, together):
+    """Both calls' losses reach the routers, whether backward comes once for both or once for each."""
+    model = _patched()
+    batches = [tiny.inputs(model, seed=seed) for seed in (1, 2)]
+
+    def run():
+        model.zero_grad()
+        torch.manual_seed(3)
+        losses = [model(**inputs, labels=inputs["input_ids"]).loss for inputs in batches]
+        for loss in [sum(losses)] if together else losses:
+            loss.backward()
+        return _gradients(model)
+
+    expected = run()
+    _enable_checkpointing(model, reentrant=reentrant)
+    got = run()
+
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_two_calls_with_other_settings_before_backward(reentrant):
+    """The second pass of a call sees the call's own ids; where it cannot be told which call it is, it says so."""
+    model = moelora.patch_model(tiny.model("llama"), num_experts=3, rank=2, router="given").train()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".bank." in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    inputs = tiny.inputs(model)
+
+    def losses():
+        model.zero_grad()
+        found = []
+        for expert in ("expert0", "expert2"):
+            with moelora.given_experts(model, expert):
+                found.append(model(**inputs, labels=inputs["input_ids"]).loss)
+        return found
+
+    for loss in losses():
+        loss.backward()
+    expected = _gradients(model)
+    _enable_checkpointing(model, reentrant=reentrant)
+    for loss in losses():
+        loss.backward()
+    for name, gradient in _gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+    with pytest.raises(ValueError, match="one backward pass goes through calls with different"):
+        sum(losses()).backward()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_calls_without_backward_do_not_pile_up():
+    """Under reentrant checkpointing only so many calls are kept, and a backward pass that comes too late says so."""
+    model = _patched()
+    _enable_checkpointing(model, reentrant=True)
+    inputs = tiny.inputs(model)
+    first = model(**inputs, labels=inputs["input_ids"]).loss
+    for _ in range(CALLS_BEFORE_BACKWARD):
+        last = model(**inputs, labels=inputs["input_ids"]).loss
+
+    assert all(len(waiting) <= CALLS_BEFORE_BACKWARD for waiting in model._moelora.tape.leaves.values())
+    last.backward()
+    with pytest.raises(ValueError, match="more than 16 calls"):
+        first.backward()

@@ -77,8 +77,12 @@ LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
         "mlp_out": ("feed_forward.output_dense",),
     },
     "vit": {
-        "attn_in": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-        "attn_out": ("attention.o_proj",),
+        # the second names are those of older releases, dinov2's until 5.17 at least
+        "attn_in": (
+            *("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+            *("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+        ),
+        "attn_out": ("attention.o_proj", "attention.output.dense"),
         "mlp_in": ("mlp.fc1", "mlp.weights_in"),
         "mlp_out": ("mlp.fc2", "mlp.weights_out"),
     },

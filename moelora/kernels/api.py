@@ -60,7 +60,7 @@ def is_decode_step(base_TO: Tensor, x_TD: Tensor, factors: Factors) -> bool:
     """
     return (
         x_TD.shape[0] == 1
-        and bool(factors.slices)
+        and len(factors.slices) > 0
         and not torch.is_grad_enabled()
         and x_TD.dtype is base_TO.dtype is factors.A_RD.dtype is torch.float32
         and x_TD.device.type == "cpu"
