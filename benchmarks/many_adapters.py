@@ -72,9 +72,12 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def time_loading(folders: list[Path], layers: int, width: int, repeats: int) -> tuple[dict[str, float], nn.Module]:
-    """Seconds to load all adapters: reading the files alone, into a moelora mixture, into a PeftModel (once)."""
+    """Seconds to load all adapters: reading the files alone, into a moelora mixture, into a PeftModel (once).
+
+    The first round of the first two warms the file cache and the imports, and does not count.
+    """
     read, mixed = [], []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         read.append(seconds(lambda: [load_file(folder / "adapter_model.safetensors") for folder in folders]))
         model = toy(layers, width)
         sources = {f"a{folder.name}": folder for folder in folders}
@@ -86,8 +89,8 @@ def time_loading(folders: list[Path], layers: int, width: int, repeats: int) -> 
     for name, folder in zip(names[1:], folders[1:]):
         peft.load_adapter(str(folder), name)
     times = {
-        "read the files (safetensors)": statistics.median(read),
-        "moelora.patch_model": statistics.median(mixed),
+        "read the files (safetensors)": statistics.median(read[1:]),
+        "moelora.patch_model": statistics.median(mixed[1:]),
         "PEFT load_adapter": time.perf_counter() - start,
     }
     return times, peft
@@ -159,7 +162,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folders = write_adapters(Path(name), toy(options.layers, options.width), options.adapters, options.rank)
-        loading, peft = time_loading(folders, options.layers, options.width, repeats=3)
+        loading, peft = time_loading(folders, options.layers, options.width, repeats=7)
         times = in_turns(decode_variants(folders, options.layers, options.width, experts, peft), options.repeats)
 
     read = loading["read the files (safetensors)"]

@@ -1,6 +1,6 @@
 """The drop-in layer: a frozen linear, a bank of experts, a router. Begin with MoELoRALinear."""
 
-from typing import final
+from typing import Any, final
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,8 +52,10 @@ class MoELoRALinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        base, tape = self.base(x), self.tape
-        settings, bank = tape.current, self.bank
+        # looked up once: a decode step comes through here hundreds of times, and does little else
+        parts: dict[str, Any] = self._modules
+        bank, router, tape = parts["bank"], parts["router"], self.tape
+        base, settings = parts["base"](x), tape.current
         if settings.disabled or not bank.total_rank:
             return base
 
@@ -64,7 +66,6 @@ class MoELoRALinear(nn.Module):
         if settings.fixed is not None:
             routing, every_token, repeated = settings.fixed.routing(tape.leading, x.device, tape.batch), False, False
         else:
-            router = self.router
             routing, repeated = self._route(router, x, x_TD)
             every_token = router.every_token
         if tape.collecting:
@@ -75,16 +76,19 @@ class MoELoRALinear(nn.Module):
             x_TD = F.dropout(x_TD, self.dropout)
         base_TO = base.reshape(-1, base.shape[-1])
         mixed_TO = mix(base_TO, x_TD, bank.factors(), routing, every_token=every_token, backend=self.backend)
-        return tape.attach(self.site, mixed_TO, routing).reshape(base.shape)
+        if tape.leaves:
+            mixed_TO = tape.attach(self.site, mixed_TO, routing)
+        return mixed_TO.reshape(base.shape)
 
     def _route(self, router: AbstractRouter, x: Tensor, x_TD: Tensor) -> tuple[Routing, bool]:
         """The router's answer, and whether it has given it to another layer already."""
+        # `forward` and not a module's call, whose checks for hooks take longer than a decode step's arithmetic
         if not self.shared_router:
-            return router(x_TD, self.tape), False
+            return router.forward(x_TD, self.tape), False
         routing = self.tape.shared(id(router), x)
         if routing is not None:
             return routing, True
-        routing = router(x_TD, self.tape)
+        routing = router.forward(x_TD, self.tape)
         self.tape.share(id(router), x, routing)
         return routing, False
 

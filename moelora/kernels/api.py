@@ -34,7 +34,7 @@ def mix(
         ValueError: for an unknown backend.
     """
     if backend == "auto":
-        if is_decode_step(base_TO, x_TD, factors):
+        if x_TD.shape[0] == 1 and is_decode_step(base_TO, x_TD, factors):
             return torch_paths.sliced(base_TO, x_TD, factors, routing)
         backend = choose(routing.experts_TK.shape, factors)
     if backend == "dense":
@@ -54,15 +54,14 @@ def choose(shape_TK: tuple[int, ...], factors: Factors) -> str:
 
 
 def is_decode_step(base_TO: Tensor, x_TD: Tensor, factors: Factors) -> bool:
-    """One token on a CPU, in fp32, without gradients and not under a compiler: what `sliced` is for.
+    """Whether one token is on a CPU, in fp32, without gradients and not under a compiler: what `sliced` is for.
 
     In 16 bits the sum over experts would be rounded once for each of them.
     """
     return (
-        x_TD.shape[0] == 1
-        and len(factors.slices) > 0
-        and not torch.is_grad_enabled()
+        len(factors.slices) > 0
         and x_TD.dtype is base_TO.dtype is factors.A_RD.dtype is torch.float32
+        and not torch.is_grad_enabled()
         and x_TD.device.type == "cpu"
         and not torch.compiler.is_compiling()
     )

@@ -55,10 +55,14 @@ def sliced(
     Reads the ids on the host and gives no gradients: for a decode step on a CPU, where every call counts.
     """
     out_1O = base_1O
-    for expert, weight in zip(routing.experts_TK[0].tolist(), routing.weights_TK[0].tolist(), strict=True):
+    for expert, weight in zip(routing.experts_TK.tolist()[0], routing.weights_TK.tolist()[0], strict=True):
         if expert >= 0 and weight != 0:
             A_RD, B_RO, scale = factors.slices[expert]
-            out_1O = torch.addmm(out_1O, F.linear(x_1D, A_RD), B_RO, alpha=weight * scale)
+            hidden_1R = F.linear(x_1D, A_RD)
+            if out_1O is base_1O:
+                out_1O = torch.addmm(base_1O, hidden_1R, B_RO, alpha=weight * scale)
+            else:
+                out_1O.addmm_(hidden_1R, B_RO, alpha=weight * scale)
     return out_1O
 
 

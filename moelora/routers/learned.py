@@ -138,7 +138,10 @@ class LearnedRouter(AbstractRouter):
                 return self._scores(x_TD, tape)
 
         # fp32: in bf16 the ties between experts fall by chance, and top-k then depends on the batch
-        logits_TE = F.linear(x_TD.float(), self.weight_ED.float())
+        weight_ED = self.weight_ED
+        if x_TD.dtype is not torch.float32 or weight_ED.dtype is not torch.float32:
+            x_TD, weight_ED = x_TD.float(), weight_ED.float()
+        logits_TE = F.linear(x_TD, weight_ED)
         if self.config.noisy and self.training:
             assert self.noise_weight_ED is not None
             spread_TE = F.softplus(F.linear(x_TD.float(), self.noise_weight_ED.float()))

@@ -4,7 +4,7 @@
         moelora.patch_model(model, experts=["acme/law-lora"], endpoint=hub.endpoint, cache_dir=...)
 
 It speaks as much of the Hugging Face hub's protocol as its client needs to download models and to push them: commits,
-branches and tags, large files behind a redirect to a second port (as to a content network), range requests, private
+branches and tags, large files behind a redirect to a second host (as to a content network), range requests, private
 and gated repositories, and failures on demand (`fail`). It keeps every request it saw. Nothing leaves the machine,
 and the real client is not replaced: it only gets another `endpoint`. Uploads need the variable HF_HUB_DISABLE_XET=1,
 since the chunked Xet protocol is not spoken here; `environment` has it and the others that a fresh process wants.

@@ -114,7 +114,11 @@ class Fault:
 
 
 class HttpListener(ThreadingHTTPServer):
-    """Listens on a free port of 127.0.0.1 and answers every request with `respond(request)`."""
+    """Listens on a free port of 127.0.0.1 and answers every request with `respond(request)`.
+
+    The storage goes by another host name than the hub, as a content network does: clients before huggingface_hub 2
+    tell by the name alone, not by the port, which redirects leave the hub.
+    """
 
     daemon_threads = True
 
@@ -125,7 +129,8 @@ class HttpListener(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        name = "localhost" if self.host == "storage" else "127.0.0.1"
+        return f"http://{name}:{self.server_address[1]}"
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that went away is no event; anything else is reported as usual."""
