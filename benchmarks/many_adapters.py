@@ -167,11 +167,11 @@ def main() -> None:
 
     read = loading["read the files (safetensors)"]
     size = f"{options.layers} layers of width {options.width}"
-    rows = [("load", name, f"{value:.2f} s", value / read) for name, value in loading.items()]
+    rows = [("load", name, f"{value:.2f} s", round(value / read, 2)) for name, value in loading.items()]
     base = statistics.median(times["base"])
     for name, values in times.items():
         middle = statistics.median(values)
-        rows.append(("decode one token", name, f"{middle:.1f} ms", middle / base))
+        rows.append(("decode one token", name, f"{middle:.1f} ms", round(middle / base, 2)))
     print(f"\n{options.adapters} adapters of rank {options.rank} on q, k, v, o of {size}")
     print(f"torch {torch.__version__}, {options.threads} thread(s), {platform.processor() or platform.machine()}\n")
     print(f"{'what':<18}{'variant':<52}{'median':>10}{'ratio':>9}")

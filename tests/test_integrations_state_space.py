@@ -125,10 +125,12 @@ def test_a_fused_kernel_passes_the_projection_by_and_is_forced_off(family: str, 
     assert len(fused) == len(paths)
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2"])
-def test_the_unfused_path_computes_the_same(family: str, monkeypatch: pytest.MonkeyPatch):
+# With several groups transformers 5.17 itself computes two things: its fused kernel normalises every group alone, its
+# other path (training without the kernel, and evaluation) all of them together. With one group there is no difference.
+@pytest.mark.parametrize(("family", "options"), [("mamba", {}), ("mamba2", {"n_groups": 1})])
+def test_the_unfused_path_computes_the_same(family: str, options: dict[str, int], monkeypatch: pytest.MonkeyPatch):
     """Outputs and gradients agree with the stand-in for the fused kernel; convolution and scan kernels stay in use."""
-    model = tiny.model(family).train()
+    model = tiny.model(family, **options).train()
     inputs = tiny.inputs(model)
     inputs.pop("attention_mask")
     fused: list[str] = []
@@ -153,6 +155,19 @@ def test_the_unfused_path_computes_the_same(family: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(p.grad, gradients[name], msg=name)
     assert len(set(kept)) == 2
     assert len(kept) == 4
+
+
+@pytest.mark.parametrize("family", [*ONE, *TWO])
+def test_the_unfused_path_is_that_of_evaluation(family: str, monkeypatch: pytest.MonkeyPatch):
+    """Forced off, a model in training computes what it computes in evaluation, with several groups too."""
+    model = tiny.model(family)
+    inputs = tiny.inputs(model) | {"use_cache": False}
+    expected = model(**inputs).logits
+    fused: list[str] = []
+    monkeypatch.setattr(_modeling(family), FUSED_NAME[family], _fused(family, fused))
+    force_unfused(model, _sites(model, "out_proj"))
+    torch.testing.assert_close(model.train()(**inputs).logits, expected)
+    assert not fused
 
 
 def test_two_models_do_not_know_of_each_other(monkeypatch: pytest.MonkeyPatch):

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.dinov2 import modeling_dinov2
 
 from moelora.integrations import families
 from moelora.integrations.families import linear_sizes, linears
 from moelora.integrations.sites import Resolution, TargetError
 from moelora.integrations.targets import resolve_sites
 from moelora.testing import tiny
+
+OLD_DINOV2 = hasattr(modeling_dinov2, "Dinov2SelfAttention")
 
 # Written down by reading the models, not our table: role -> ending -> number of sites in the tiny model.
 QKV = {"q_proj": 2, "k_proj": 2, "v_proj": 2}
@@ -34,6 +37,11 @@ TOWERS = {
 VIT = {
     "attn_in": {"attention.q_proj": 2, "attention.k_proj": 2, "attention.v_proj": 2},
     "attn_out": {"attention.o_proj": 2},
+}
+# DINOv2 until it took ViT's names, after transformers 5.17
+OLD_VIT = {
+    "attn_in": {"attention.attention.query": 2, "attention.attention.key": 2, "attention.attention.value": 2},
+    "attn_out": {"attention.output.dense": 2},
 }
 MAMBA = {"ssm_in": {"mixer.in_proj": 2}, "ssm_out": {"mixer.out_proj": 2}}
 ONE_ATTENTION = {"self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1}
@@ -105,7 +113,7 @@ EXPECTED: dict[str, dict[str, dict[str, int]]] = {
     "bart": BART,
     "whisper": BART,
     "vit": VIT,
-    "dinov2": VIT,
+    "dinov2": OLD_VIT if OLD_DINOV2 else VIT,
     "clip": TOWERS,
     "siglip": TOWERS,
     "wav2vec2": {
@@ -151,6 +159,7 @@ TOGETHER: dict[str, list[set[str]]] = {
     "albert": [{"query", "key", "value"}],
     # query and key are called a second time, on the relative positions; value is not
     "deberta-v2": [{"query_proj", "key_proj"}],
+    "dinov2": [{"query", "key", "value"} if OLD_DINOV2 else {"q_proj", "k_proj", "v_proj"}],
     "distilbert": [{"q_lin", "k_lin", "v_lin"}],
     "t5": [{"q", "k", "v"}, {"k", "v"}],
     "bart": [{"q_proj", "k_proj", "v_proj"}, {"k_proj", "v_proj"}],
@@ -283,6 +292,17 @@ def test_mlp_roles_on_request(
     assert {_last(path) for path in found["mlp_in"]} == mlp_in
     assert {_last(path) for path in found["mlp_out"]} == mlp_out
     assert not [path for paths in found.values() for path in paths if "attention.output" in path]
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_dinov2s_gated_mlp(table: bool, monkeypatch: pytest.MonkeyPatch):
+    """Its large models have a gated MLP: one fused projection, or two, depending on the release."""
+    if not table:
+        monkeypatch.setattr("moelora.integrations.targets.MODEL_TYPES", {})
+    model = tiny.model("dinov2", use_swiglu_ffn=True)
+    found = _by_role(resolve_sites(model, roles=["mlp_in", "mlp_out"]))
+    assert {_last(path) for path in found["mlp_in"]} == ({"weights_in"} if OLD_DINOV2 else {"gate_proj", "up_proj"})
+    assert {_last(path) for path in found["mlp_out"]} == ({"weights_out"} if OLD_DINOV2 else {"down_proj"})
 
 
 def test_with_adapters_auto_is_what_they_have_factors_for():

@@ -1,11 +1,13 @@
 """The local hub itself, asked by the real client: what other tests and the examples rely on."""
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
+from moelora.testing.hub_repos import sha256
 from moelora.testing.hub_server import HubServer
 from moelora.testing.hub_wire import Fault, Reply, Request, with_range
 
@@ -30,6 +32,18 @@ def test_folders_mappings_and_a_root_are_served(tmp_path: Path) -> None:
             folder = Path(snapshot_download("acme/one", endpoint=hub.endpoint, cache_dir=cache))
             assert {name: (folder / name).read_bytes() for name in FILES} == FILES
             assert list(hub.repos) == ["acme/one"]
+
+
+def test_large_files_lie_on_another_host() -> None:
+    """By name, not by port alone: else the client follows the redirect and loses the commit and the hash with it."""
+    with HubServer({"acme/one": FILES}) as hub:
+        hosts = {urlsplit(url).hostname for url in (hub.endpoint, hub.storage_endpoint)}
+        metadata = get_hf_file_metadata(hf_hub_url("acme/one", "a/weights.safetensors", endpoint=hub.endpoint))
+
+    assert len(hosts) == 2
+    assert metadata.location.startswith(hub.storage_endpoint)
+    assert metadata.commit_hash == hub.repos["acme/one"].refs["main"]
+    assert (metadata.etag, metadata.size) == (sha256(b"0123456789"), 10)
 
 
 def test_listings_tell_names_sizes_and_hashes() -> None:

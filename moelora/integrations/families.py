@@ -77,14 +77,14 @@ LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
         "mlp_out": ("feed_forward.output_dense",),
     },
     "vit": {
-        # the second names are those of older releases, dinov2's until 5.17 at least
+        # DINOv2 took ViT's names after transformers 5.17, and split its gated MLP; the older names stand second
         "attn_in": (
             *("attention.q_proj", "attention.k_proj", "attention.v_proj"),
             *("attention.attention.query", "attention.attention.key", "attention.attention.value"),
         ),
         "attn_out": ("attention.o_proj", "attention.output.dense"),
-        "mlp_in": ("mlp.fc1", "mlp.weights_in"),
-        "mlp_out": ("mlp.fc2", "mlp.weights_out"),
+        "mlp_in": ("mlp.fc1", "mlp.gate_proj", "mlp.up_proj", "mlp.weights_in"),
+        "mlp_out": ("mlp.fc2", "mlp.down_proj", "mlp.weights_out"),
     },
     "gpt2": {
         "attn_in": ("attn.c_attn",),

@@ -36,7 +36,8 @@ def renamed_paths(path: str, renamings: list[WeightRenaming]) -> Iterator[str]:
 @lru_cache(maxsize=256)
 def _renamings_of_type(model_type: str | None) -> tuple[WeightRenaming, ...]:
     classes = MODEL_MAPPING_NAMES.get(model_type or "", ())
-    names = [model_type or "", *([classes] if isinstance(classes, str) else classes), "legacy"]
+    # the inner model's names before the whole model's, which put a prefix in front of them
+    names = [*([classes] if isinstance(classes, str) else classes), model_type or "", "legacy"]
     found: list[WeightRenaming] = []
     for name in names:
         found.extend(_stateless(get_checkpoint_conversion_mapping(name) or []))
