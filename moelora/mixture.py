@@ -6,7 +6,7 @@ Begin with Mixture, which `patch_model` hangs on the model; the functions below 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,13 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moelora.aux_losses import weigh
+from moelora.call_settings import FixedMixture, GivenIds, Settings
 from moelora.config import MoELoRAConfig
 from moelora.hooks import RootHooks
 from moelora.layer import MoELoRALinear
 from moelora.routers.given import Given
 from moelora.routing import NO_EXPERT, Routing, join
 from moelora.surgery import Place
-from moelora.tape import FixedMixture, GivenIds, Record, Settings, Tape, changed
+from moelora.tape import Record, Tape
 
 ATTRIBUTE = "_moelora"
 
@@ -259,7 +260,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 def _settings(model: nn.Module, **values: Any) -> Iterator[None]:
     tape = find_mixture(model)[1].tape
     before: Settings = tape.settings
-    tape.settings = changed(before, **values)
+    tape.settings = replace(before, **values)
     try:
         yield
     finally:

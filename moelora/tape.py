@@ -12,15 +12,16 @@ they have to do and leave their routings in `write`. Three rules, each with a re
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moelora.routing import NO_EXPERT, Routing
+from moelora.call_settings import Settings
+from moelora.routing import Routing
 
 CALLS_BEFORE_BACKWARD = 16
 """How many calls keep what reentrant checkpointing has to hand to their second pass."""
@@ -31,45 +32,6 @@ def in_backward() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class FixedMixture:
-    """A mixture that somebody fixed by hand: for all rows (N = 1) or one per row of the batch (N = B).
-
-    `repeats` rows in a row belong together: an encoder runs before the model repeats its rows and sees one of them.
-    """
-
-    experts_NK: Int[Tensor, "N K"]
-    weights_NK: Float[Tensor, "N K"]
-    repeats: int = 1
-
-    def routing(self, leading: tuple[int, ...], device: torch.device, batch: int | None = None) -> Routing:
-        """The routing of an input whose shape is `leading` + (D,), in a stack that runs on `batch` rows."""
-        experts_NK, weights_NK = self.experts_NK.to(device), self.weights_NK.to(device)
-        if self.repeats > 1 and batch is not None and batch * self.repeats == experts_NK.shape[0]:
-            experts_NK, weights_NK = experts_NK[:: self.repeats], weights_NK[:: self.repeats]
-        return Routing(spread_rows(experts_NK, leading), spread_rows(weights_NK, leading))
-
-
-@dataclass(frozen=True, kw_only=True)
-class GivenIds:
-    """Expert ids handed in from outside: per call (), per row (B,), per token (B, L) or per token and slot (B, L, K).
-
-    `rest` is the id for tokens behind the given ones, as in generation; None makes such a token an error.
-    """
-
-    ids: Tensor
-    rest: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a call has to do. The defaults are a mixture at work."""
-
-    disabled: bool = False
-    fixed: FixedMixture | None = None
-    given: GivenIds | None = None
 
 
 class Frame(NamedTuple):
@@ -291,57 +253,14 @@ class Tape:
 
     def given_ids(self, device: torch.device) -> Int[Tensor, "T K"]:
         """The ids that were handed in, for the tokens of the input at work."""
-        given, leading = self.current.given, self.leading
+        given = self.current.given
         if given is None:
             raise ValueError(
                 "this mixture is routed by ids that are given from outside, and none were given; "
                 "call the model inside `with moelora.given_experts(model, ids):`"
             )
-        ids = given.ids.to(device)
-        if ids.ndim <= 1:
-            return spread_rows(ids.reshape(-1, 1), leading)
-        batch, known = ids.shape[:2]
-        tokens = 1
-        for size in leading:
-            tokens *= size
-        length, remainder = divmod(tokens, batch)
-        if remainder or (len(leading) > 1 and leading != (batch, length)):
-            raise ValueError(
-                f"expert ids were given for {batch} rows of {known} tokens, but the input has the shape "
-                f"{tuple(leading)}; give ids per row, or one id for each token of this input"
-            )
         start = self._start if self._frames else self.second_pass().start
-        stop = start + length
-        if stop > known:
-            if given.rest is None:
-                raise ValueError(
-                    f"expert ids were given for {known} tokens of each row, but the call reaches token {stop}; "
-                    "give ids for all tokens, or say with `rest=` which expert takes those behind"
-                )
-            ids = torch.cat([ids, ids.new_full((batch, stop - known, *ids.shape[2:]), given.rest)], dim=1)
-        return ids[:, start:stop].reshape(tokens, -1)
-
-
-def spread_rows(values_NK: Tensor, leading: tuple[int, ...]) -> Tensor:
-    """One row of values for each of N rows, repeated for every token of that row: (N, K) -> (T, K).
-
-    Raises:
-        ValueError: if an input of shape `leading` + (D,) has no N rows.
-    """
-    rows = values_NK.shape[0]
-    tokens = 1
-    for size in leading:
-        tokens *= size
-    if rows == 1:
-        return values_NK.expand(tokens, -1)
-    fits = leading[0] == rows if len(leading) > 1 else tokens % rows == 0
-    if not fits:
-        raise ValueError(
-            f"a mixture was given for each of {rows} rows, but the input of this site has the shape {tuple(leading)}; "
-            "give one entry for each row of the batch (with beam search or several return sequences, "
-            "`repeats=` says how often the model repeats a row), or one mixture for all rows"
-        )
-    return values_NK.repeat_interleave(tokens // rows, dim=0)
+        return given.of_tokens(self.leading, start).to(device)
 
 
 class _Attach(torch.autograd.Function):
@@ -372,22 +291,3 @@ def _too_late(gradient: Tensor) -> None:
 def _known(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     return tensor
-
-
-def changed(settings: Settings, **values: Any) -> Settings:
-    """Settings with some values replaced."""
-    return replace(settings, **values)
-
-
-__all__ = [
-    "NO_EXPERT",
-    "FixedMixture",
-    "Frame",
-    "GivenIds",
-    "Record",
-    "Settings",
-    "Tape",
-    "changed",
-    "in_backward",
-    "spread_rows",
-]

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from moelora.call_settings import GivenIds, Settings
 from moelora.routers.base import AbstractRouter
 from moelora.routers.given import Given
 from moelora.routers.learned import Learned
 from moelora.routing import Routing
-from moelora.tape import GivenIds, Settings, Tape
+from moelora.tape import Tape
 from moelora.testing.router_contract import router_contract
 
 
