@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -124,7 +125,7 @@ def in_turns(variants: dict[str, Callable[[], object]], repeats: int) -> dict[st
 
 
 def decode_variants(
-    folders: list[Path], layers: int, width: int, experts: list[int], peft: nn.Module
+    folders: list[Path], layers: int, width: int, experts: list[int], peft: Any
 ) -> dict[str, Callable[[], object]]:
     """The base, mixtures of several sizes with two experts active, and PEFT with one and with all active."""
     variants = {"base": decoder(toy(layers, width))}

@@ -63,6 +63,10 @@ class ExpertBank(nn.Module):
         trainable: which experts are parameters.
     """
 
+    in_features: int
+    out_features: int
+    frozen_dtype: torch.dtype
+    trainable_dtype: torch.dtype
     scale_E: Tensor
     owner_R: Tensor
     rows_FP: Tensor

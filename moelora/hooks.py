@@ -58,6 +58,12 @@ class RootHooks(StackHooks):
         losses: weights of the losses.
     """
 
+    names: tuple[str, ...]
+    layers: Mapping[str, MoELoRALinear]
+    losses: AuxLosses
+    some_gradient: bool
+    settled: bool
+
     def __init__(self, tape: Tape, layers: Mapping[str, MoELoRALinear], losses: AuxLosses) -> None:
         super().__init__(tape)
         self.layers, self.losses = layers, losses

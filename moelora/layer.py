@@ -31,6 +31,16 @@ class MoELoRALinear(nn.Module):
         backend: which implementation of the kernels runs; "auto" chooses by shapes.
     """
 
+    base: nn.Module
+    bank: ExpertBank
+    router: AbstractRouter
+    tape: Tape
+    site: str
+    shared_router: bool
+    reads_encoder: bool
+    dropout: float
+    backend: str
+
     def __init__(
         self,
         base: nn.Module,

@@ -17,7 +17,7 @@ from moelora.integrations.matching import match_adapter
 from moelora.integrations.targets import Resolution, Site, resolve_sites
 from moelora.routers.learned import Learned
 
-logger = logging.getLogger("moelora")
+logger: logging.Logger = logging.getLogger("moelora")
 
 
 @dataclass(frozen=True, kw_only=True)

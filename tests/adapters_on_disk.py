@@ -11,7 +11,9 @@ import moelora
 from moelora.testing import tiny
 
 # PEFT refuses to adapt these, because a fused kernel may bypass them; moelora proves that they are called
-REFUSED_BY_PEFT = dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj",))
+REFUSED_BY_PEFT: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj",)
+)
 
 
 def main_output(output) -> Tensor:

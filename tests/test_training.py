@@ -290,7 +290,7 @@ def test_two_calls_before_backward(reentrant, together):
         model.zero_grad()
         torch.manual_seed(3)
         losses = [model(**inputs, labels=inputs["input_ids"]).loss for inputs in batches]
-        for loss in [sum(losses)] if together else losses:
+        for loss in [torch.stack(losses).sum()] if together else losses:
             loss.backward()
         return _gradients(model)
 
@@ -331,7 +331,7 @@ def test_two_calls_with_other_settings_before_backward(reentrant):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
     with pytest.raises(ValueError, match="one backward pass goes through calls with different"):
-        sum(losses()).backward()
+        torch.stack(losses()).sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -340,11 +340,9 @@ def test_calls_without_backward_do_not_pile_up():
     model = _patched()
     _enable_checkpointing(model, reentrant=True)
     inputs = tiny.inputs(model)
-    first = model(**inputs, labels=inputs["input_ids"]).loss
-    for _ in range(CALLS_BEFORE_BACKWARD):
-        last = model(**inputs, labels=inputs["input_ids"]).loss
+    calls = [model(**inputs, labels=inputs["input_ids"]).loss for _ in range(CALLS_BEFORE_BACKWARD + 1)]
 
     assert all(len(waiting) <= CALLS_BEFORE_BACKWARD for waiting in model._moelora.tape.leaves.values())
-    last.backward()
+    calls[-1].backward()
     with pytest.raises(ValueError, match="more than 16 calls"):
-        first.backward()
+        calls[0].backward()

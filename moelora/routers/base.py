@@ -41,6 +41,7 @@ class AbstractRouter(nn.Module, ABC):
     num_experts: int
     every_token: bool = False
     available_E: Tensor
+    all_available: bool
 
     @abstractmethod
     def forward(self, x_TD: Float[Tensor, "T D"], tape: Tape) -> Routing:

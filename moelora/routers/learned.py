@@ -75,6 +75,8 @@ class LearnedRouter(AbstractRouter):
 
     every_token = True
     top_k: int
+    weight_ED: nn.Parameter
+    noise_weight_ED: nn.Parameter | None
     balance_bias_E: Tensor
 
     def __init__(

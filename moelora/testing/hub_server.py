@@ -41,7 +41,7 @@ class HubServer:
     ) -> None:
         self.repos: dict[str, HubRepo] = {}
         self.renamed: dict[str, str] = {}
-        self.tokens = dict(tokens or {})
+        self.tokens: dict[str, str] = dict(tokens or {})
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self._large: dict[str, bytes] = {}

@@ -124,7 +124,8 @@ class HttpListener(ThreadingHTTPServer):
 
     def __init__(self, host: str, respond: Callable[[Request], Reply]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.host, self.respond = host, respond
+        self.host: str = host
+        self.respond: Callable[[Request], Reply] = respond
 
     @property
     def url(self) -> str:

@@ -17,7 +17,7 @@ from moelora.integrations.hub.errors import CLIENT_ERRORS, HubError, Place, expl
 from moelora.integrations.hub.names import COMMIT, ETAG
 
 LIBRARY_NAME = "moelora"
-LIBRARY_VERSION = __version__
+LIBRARY_VERSION: str = __version__
 
 # Seconds between tries while the hub answers 429 or 5xx; a longer Retry-After is told to the user instead.
 RETRY_PAUSES = (0.5, 2.0)
