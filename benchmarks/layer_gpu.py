@@ -4,8 +4,8 @@
     python benchmarks/layer_gpu.py --cases train-r16-e8  # one of them
 
 A bf16 base, random data, the router included; moelora's experts are fp32 where they are trained and bf16 where they are
-frozen. Variants are timed in turns; each number is the median over rounds of the mean
-over a round's calls, by CUDA events. "decode" runs in CUDA graphs. Ratios are to the frozen `nn.Linear` alone.
+frozen. Variants are timed in turns; each number is the median over rounds of the mean over a round's calls, by CUDA
+events. "decode" runs in CUDA graphs. Ratios are to the frozen `nn.Linear` alone.
 """
 
 import argparse
