@@ -1,7 +1,7 @@
 """The interface of all routers. Begin with AbstractRouter.
 
-A router of your own is a subclass that implements `forward`, `keep_experts` and `add_experts`; run it through
-`moelora.testing.router_contract`.
+A router is a subclass that implements `forward`, `keep_experts` and `add_experts`, beside a frozen config with `build`;
+`moelora.config.ROUTERS` names those that `patch_model` takes. All pass `moelora.testing.router_contract`.
 """
 
 from abc import ABC, abstractmethod
