@@ -191,7 +191,9 @@ class ExpertBank(nn.Module):
             self._biases_EO(),
         )
         if self.A_trainable_RD is None and factors.bias_EO is None:
-            factors = self._known = factors._replace(slices=tuple(expert[:3] for expert in self.split()))
+            factors = self._known = factors._replace(
+                slices=tuple((A_RD.T, B_RO, scale) for A_RD, B_RO, scale, _ in self.split())
+            )
         return factors
 
     def extra_repr(self) -> str:

@@ -23,8 +23,8 @@ class Factors(NamedTuple):
             largest rank P.
         fill_FP: fp32, the expert's scale where `rows_FP` is a row of its own, 0 where it is filled up.
         bias_EO: an output bias of each expert, scaled and weighted as its rows are; None where no expert has one.
-        slices: each expert's own rows of A and B and its scale once more, as a Python number; empty where making them
-            would cost more than it saves, as for rows that are trained.
+        slices: each expert's own rows once more, those of A transposed (D, R), and its scale as a Python number; empty
+            where making them would cost more than it saves, as for rows that are trained.
     """
 
     A_RD: Float[Tensor, "R D"]

@@ -57,8 +57,8 @@ def sliced(
     out_1O = base_1O
     for expert, weight in zip(routing.experts_TK.tolist()[0], routing.weights_TK.tolist()[0], strict=True):
         if expert >= 0 and weight != 0:
-            A_RD, B_RO, scale = factors.slices[expert]
-            hidden_1R = F.linear(x_1D, A_RD)
+            A_DR, B_RO, scale = factors.slices[expert]
+            hidden_1R = torch.mm(x_1D, A_DR)
             if out_1O is base_1O:
                 out_1O = torch.addmm(base_1O, hidden_1R, B_RO, alpha=weight * scale)
             else:
