@@ -1,24 +1,14 @@
 """What an adapter on a hub looks like, read by range requests from a local server."""
 
 import json
-from collections.abc import Iterator
 
 import pytest
+from one_adapter_hub import ADAPTER
+from one_adapter_hub import hub as hub
 
-from moelora.integrations.hub import HubError, client, remote_header
+from moelora.integrations.hub import HubError, remote_header
 from moelora.testing.adapter_files import CONFIG_NAME, WEIGHTS_NAME, adapter_files
 from moelora.testing.hub_server import HubServer
-
-ADAPTER = "acme/law-lora"
-OWNER, STRANGER = "hf_ownersecret", "hf_strangersecret"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A hub with one adapter; retries do not wait."""
-    monkeypatch.setattr(client, "RETRY_PAUSES", (0.01, 0.01))
-    with HubServer({ADAPTER: adapter_files()}, tokens={OWNER: "acme", STRANGER: "bob"}) as server:
-        yield server
 
 
 def test_a_header_is_read_without_the_weights(hub: HubServer) -> None:
