@@ -152,8 +152,9 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
         changed={expert.name for expert in plan.experts if expert.trainable},
     )
 
-    model.requires_grad_(False)
+    # the one step that can refuse, before anything is changed
     mixture.undo.append(force_unfused(model, list(layers)))
+    model.requires_grad_(False)
     mixture.places = install(model, layers)
     setattr(model, ATTRIBUTE, mixture)
     mixture.undo += guard(model, mixture)
@@ -172,15 +173,12 @@ def build_layers(model: nn.Module, plan: Plan, tape: Tape) -> dict[str, MoELoRAL
         bank = build_bank(plan, site, dtype=base_dtype(base, model), device=device, generator=generator)
 
         group = group_of.get(site.path) if plan.config.share_router else None
-        if group is None or group not in shared:
-            available = bank.present
-            if group is not None:
-                paths = [path for path in group if any(site.path == path for site in plan.sites)]
-                available = tuple(any(column) for column in zip(*(map(bool, plan.ranks(path)) for path in paths)))
-            router = plan.config.router.build(site.in_features, available, generator).to(device)
-            if group is not None:
-                shared[group] = router
+        if group is None:
+            router = plan.config.router.build(site.in_features, bank.present, generator).to(device)
         else:
+            if group not in shared:
+                available = [any(ranks) for ranks in zip(*map(plan.ranks, group), strict=True)]
+                shared[group] = plan.config.router.build(site.in_features, available, generator).to(device)
             router = shared[group]
 
         layers[site.path] = MoELoRALinear(

@@ -3,7 +3,7 @@
 Knows nothing of Hugging Face: a model is an `nn.Module`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,7 +18,7 @@ class Place:
     original: nn.Module
 
 
-def find_places(model: nn.Module, paths: Mapping[str, nn.Module]) -> dict[str, list[Place]]:
+def find_places(model: nn.Module, paths: Collection[str]) -> dict[str, list[Place]]:
     """Every place of the model that refers to the module at each of these paths.
 
     A module that is shared between blocks has several places and one path.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from random_mixture import random_mixture
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
@@ -15,22 +16,10 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import moelora
-from moelora import AuxLosses, Learned, MoELoRAConfig
+from moelora import AuxLosses
 from moelora.testing import tiny
 
 WORLD = 2
-
-
-def patched(*, experts, losses):
-    """A tiny model with four random experts, some of them frozen if experts are."""
-    config = MoELoRAConfig(router=Learned(top_k=2, init_std=0.5), losses=losses)
-    model = moelora.patch_model(tiny.model("llama"), num_experts=4, rank=2, config=config)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if ".bank." in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
-    moelora.set_trainable(model, routers=True, experts=experts)
-    return model.train()
 
 
 def _batch():
@@ -78,7 +67,7 @@ def trainer_gradients(folder, **options):
         **options,
     )
     Trainer(
-        model=patched(experts=True, losses=AuxLosses(load_balance=0.0, z_loss=1.0)),
+        model=random_mixture(experts=True, losses=AuxLosses(load_balance=0.0, z_loss=1.0)),
         args=arguments,
         train_dataset=Rows({"input_ids": row, "labels": row} for row in ids),
         callbacks=[keep],
@@ -88,7 +77,7 @@ def trainer_gradients(folder, **options):
 
 def sharded_step(rank):
     """The gradients of a model under fully_shard, and what saving it says."""
-    model = patched(**CASES["z_loss"])
+    model = random_mixture(**CASES["z_loss"])
     mesh = init_device_mesh("cpu", (WORLD,))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
@@ -111,7 +100,7 @@ def work(rank, port, folder, cases):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
     answers = {}
     for name, case in cases.items():
-        model = patched(**case)
+        model = random_mixture(**case)
         if rank:
             # DDP sends rank 0's trainable values around, and leaves alone what never changes
             for key, value in model.state_dict().items():
@@ -163,7 +152,7 @@ def answers(tmp_path_factory):
 @pytest.mark.parametrize("case", ["routers", "both", "some", "z_loss"])
 def test_gradients_are_those_of_the_joint_batch(answers, case):
     """Without find_unused_parameters; every trainable tensor has a gradient, the same on both sides."""
-    model = patched(**CASES[case])
+    model = random_mixture(**CASES[case])
     model(**_batch()).loss.backward()
     expected = _named_gradients(model)
 
@@ -178,7 +167,7 @@ def test_gradients_are_those_of_the_joint_batch(answers, case):
 def test_the_balance_loss_is_the_mean_over_processes(answers):
     """Each process balances its own tokens; DDP averages: the gradient is that of the mean, counted once."""
     case = CASES["balance"]
-    model = patched(**case)
+    model = random_mixture(**case)
     for rows in zip(*(value.chunk(WORLD) for value in _batch().values()), strict=True):
         (model(**dict(zip(_batch(), rows, strict=True))).loss / WORLD).backward()
 

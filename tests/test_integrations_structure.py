@@ -4,23 +4,13 @@ import re
 
 import pytest
 import torch
+from resolved_sites import by_role, last
 from torch import Tensor, nn
 
 from moelora.integrations.families import linear_sizes
-from moelora.integrations.sites import Resolution, TargetError
+from moelora.integrations.sites import TargetError
 from moelora.integrations.targets import resolve_sites
 from moelora.testing import tiny
-
-
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _by_role(resolution: Resolution) -> dict[str, list[str]]:
-    roles: dict[str, list[str]] = {}
-    for site in resolution.sites:
-        roles.setdefault(site.role, []).append(site.path)
-    return roles
 
 
 class Attention(nn.Module):
@@ -85,7 +75,7 @@ def test_a_module_of_nobodys_library_is_resolved_by_structure():
     """Roles, encoder readers and groups come from what is called with what."""
     resolution = resolve_sites(Custom(), probe_inputs=INPUTS)
     names = {
-        role: {path.removeprefix("blocks.").split(".", 1)[1] for path in p} for role, p in _by_role(resolution).items()
+        role: {path.removeprefix("blocks.").split(".", 1)[1] for path in p} for role, p in by_role(resolution).items()
     }
     assert names == {
         "attn_in": {"attention.to_queries", "attention.to_keys", "attention.to_values"},
@@ -93,9 +83,9 @@ def test_a_module_of_nobodys_library_is_resolved_by_structure():
         "cross_in": {"cross.to_queries", "cross.to_keys", "cross.to_values"},
         "cross_out": {"cross.back"},
     }
-    assert {_last(site.path) for site in resolution.sites if site.reads_encoder} == {"to_keys", "to_values"}
+    assert {last(site.path) for site in resolution.sites if site.reads_encoder} == {"to_keys", "to_values"}
     assert sorted(map(len, resolution.groups)) == [1, 1, 1, 1, 1, 1, 2, 2, 3, 3]
-    mlp = _by_role(resolve_sites(Custom(), probe_inputs=INPUTS, roles=["mlp_in", "mlp_out"]))
+    mlp = by_role(resolve_sites(Custom(), probe_inputs=INPUTS, roles=["mlp_in", "mlp_out"]))
     assert mlp == {
         "mlp_in": ["blocks.0.widen", "blocks.1.widen"],
         "mlp_out": ["blocks.0.narrow", "blocks.1.narrow"],

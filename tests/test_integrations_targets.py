@@ -5,12 +5,13 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from resolved_sites import by_role, last
 from torch import nn
 from transformers.models.dinov2 import modeling_dinov2
 
 from moelora.integrations import families
 from moelora.integrations.families import linears
-from moelora.integrations.sites import Resolution, TargetError
+from moelora.integrations.sites import TargetError
 from moelora.integrations.targets import resolve_sites
 from moelora.testing import tiny
 
@@ -170,17 +171,6 @@ TOGETHER: dict[str, list[set[str]]] = {
 }
 
 
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _by_role(resolution: Resolution) -> dict[str, list[str]]:
-    roles: dict[str, list[str]] = {}
-    for site in resolution.sites:
-        roles.setdefault(site.role, []).append(site.path)
-    return roles
-
-
 def test_every_family_is_expected():
     """No tiny family is left out of the tables of this file."""
     assert set(EXPECTED) == set(tiny.FAMILIES)
@@ -192,7 +182,7 @@ def test_auto_finds_exactly_the_attention_and_state_space_projections(family: st
     model = tiny.model(family)
     resolution = resolve_sites(model)
 
-    found = _by_role(resolution)
+    found = by_role(resolution)
     assert set(found) == set(EXPECTED[family])
     for role, endings in EXPECTED[family].items():
         counted = {e: sum(path.endswith("." + e) for path in found[role]) for e in endings}
@@ -203,7 +193,7 @@ def test_auto_finds_exactly_the_attention_and_state_space_projections(family: st
         shape = tuple(model.state_dict()[site.path + ".weight"].shape)
         assert (site.in_features, site.out_features) == (shape if type(module).__name__ == "Conv1D" else shape[::-1])
         assert site.aliases == ()
-        assert site.reads_encoder == (site.role == "cross_in" and _last(site.path) in ("k", "v", "k_proj", "v_proj"))
+        assert site.reads_encoder == (site.role == "cross_in" and last(site.path) in ("k", "v", "k_proj", "v_proj"))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -227,8 +217,8 @@ def test_groups_are_what_reads_the_same_tensor(family: str):
     for group in resolution.groups:
         assert len({re.sub(r"(\.\d+)\..*", r"\1", path) for path in group}) == 1
         if len(group) > 1:
-            assert {_last(path) for path in group} in together
-            seen.append(frozenset(map(_last, group)))
+            assert {last(path) for path in group} in together
+            seen.append(frozenset(map(last, group)))
     assert set(seen) == set(map(frozenset, together))
 
 
@@ -253,7 +243,7 @@ def test_dt_proj_is_refused_with_the_reason(family: str):
 
     # not strict: what can be patched is, the rest is listed
     lenient = resolve_sites(model, targets=["in_proj", "dt_proj"], strict=False)
-    assert {_last(site.path) for site in lenient.sites} == {"in_proj"}
+    assert {last(site.path) for site in lenient.sites} == {"in_proj"}
     assert [item.path for item in lenient.refused] == paths
 
 
@@ -261,7 +251,7 @@ def test_x_proj_is_a_site_only_when_asked_for():
     """Mamba's x_proj may be patched by name or role, and is not by default."""
     model = tiny.model("mamba")
     assert {site.role for site in resolve_sites(model, targets=["x_proj"]).sites} == {"ssm_x"}
-    assert {_last(site.path) for site in resolve_sites(model, roles=["ssm_x", "ssm_in"]).sites} == {"x_proj", "in_proj"}
+    assert {last(site.path) for site in resolve_sites(model, roles=["ssm_x", "ssm_in"]).sites} == {"x_proj", "in_proj"}
 
 
 @pytest.mark.parametrize(
@@ -287,9 +277,9 @@ def test_mlp_roles_on_request(
     """`roles` reaches the MLP too, by table and by structure, and never a router gate or a head."""
     if not table:
         monkeypatch.setattr("moelora.integrations.targets.MODEL_TYPES", {})
-    found = _by_role(resolve_sites(tiny.model(family), roles=["mlp_in", "mlp_out"]))
-    assert {_last(path) for path in found["mlp_in"]} == mlp_in
-    assert {_last(path) for path in found["mlp_out"]} == mlp_out
+    found = by_role(resolve_sites(tiny.model(family), roles=["mlp_in", "mlp_out"]))
+    assert {last(path) for path in found["mlp_in"]} == mlp_in
+    assert {last(path) for path in found["mlp_out"]} == mlp_out
     assert not [path for paths in found.values() for path in paths if "attention.output" in path]
 
 
@@ -299,9 +289,9 @@ def test_dinov2s_gated_mlp(table: bool, monkeypatch: pytest.MonkeyPatch):
     if not table:
         monkeypatch.setattr("moelora.integrations.targets.MODEL_TYPES", {})
     model = tiny.model("dinov2", use_swiglu_ffn=True)
-    found = _by_role(resolve_sites(model, roles=["mlp_in", "mlp_out"]))
-    assert {_last(path) for path in found["mlp_in"]} == ({"weights_in"} if OLD_DINOV2 else {"gate_proj", "up_proj"})
-    assert {_last(path) for path in found["mlp_out"]} == ({"weights_out"} if OLD_DINOV2 else {"down_proj"})
+    found = by_role(resolve_sites(model, roles=["mlp_in", "mlp_out"]))
+    assert {last(path) for path in found["mlp_in"]} == ({"weights_in"} if OLD_DINOV2 else {"gate_proj", "up_proj"})
+    assert {last(path) for path in found["mlp_out"]} == ({"weights_out"} if OLD_DINOV2 else {"down_proj"})
 
 
 def test_with_adapters_auto_is_what_they_have_factors_for():

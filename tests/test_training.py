@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from random_mixture import random_mixture
 
 import moelora
 from moelora import AuxLosses, Learned, MoELoRAConfig
@@ -14,16 +15,8 @@ from moelora.testing import tiny
 BALANCED = AuxLosses(load_balance=0.5, z_loss=0.1, importance=0.1)
 
 
-def _patched(family="llama", *, losses=BALANCED, router=None, experts=True, **options):
-    """A tiny model with four random experts and routers, all trainable."""
-    config = MoELoRAConfig(router=router or Learned(top_k=2, init_std=0.5), losses=losses)
-    model = moelora.patch_model(tiny.model(family, **options), num_experts=4, rank=2, config=config)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if ".bank." in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
-    moelora.set_trainable(model, routers=True, experts=experts)
-    return model.train()
+def _patched(family="llama", *, losses=BALANCED, **options):
+    return random_mixture(family, losses=losses, **options)
 
 
 def _gradients(model):
