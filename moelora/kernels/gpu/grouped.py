@@ -1,0 +1,195 @@
+"""The sorted path: each token meets the rows of its own experts alone. Begin with forward.
+
+For many rows: its cost does not grow with the number of experts. The tokens are sorted by expert, one order for each of
+the K slots; x is fetched row by row where it lies, and the output is written slot by slot.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moelora.kernels.gpu.dense import Gradients, Needs, choose_alone, given_choice, mix
+from moelora.kernels.gpu.finish_backward import finish_backward
+from moelora.kernels.gpu.finish_forward import Chosen
+from moelora.kernels.gpu.gram import gram
+from moelora.kernels.gpu.grouped_expand import grouped_expand
+from moelora.kernels.gpu.grouped_gram import grouped_gram
+from moelora.kernels.gpu.grouped_shrink import grouped_shrink, grouped_shrink_backward, padded_rank
+from moelora.kernels.gpu.linear import input_gradient
+from moelora.kernels.gpu.order import Order, sort_by_expert
+from moelora.kernels.gpu.pack import Packed, pack, padded
+from moelora.kernels.gpu.problem import Problem
+from moelora.kernels.gpu.reduce import sum_parts
+from moelora.kernels.gpu.tiles import tile_for
+
+
+def kept_shape(tokens: int, top_k: int, widest: int) -> tuple[int, int, int]:
+    """Shape of what one projection keeps for the backward pass."""
+    return tokens, top_k, padded_rank(widest)
+
+
+def forward(problem: Problem) -> tuple[list[Tensor], Chosen, Tensor]:
+    """The outputs, what the routers chose, and S_PTKP, the values of the rank rows of each pick before the gate."""
+    packed = pack(problem.A_list, problem.B_list, problem.gates, problem.x_TD.dtype)
+    chosen = choose_alone(problem, packed) if problem.gates else given_choice(problem)
+    orders = _orders(problem, chosen)
+    tile = tile_for("grouped_shrink", *problem.x_TD.shape, padded_rank(problem.widest))
+
+    outputs, kept = [], []
+    for projection in range(len(problem.A_list)):
+        order, index = orders[_router(chosen, projection)], _index(problem, projection)
+        S_TKP = grouped_shrink(problem.x_TD, packed.A_PRD[projection], order, *index, problem.widest, tile)
+        add = partial(_expand_one, problem, packed, S_TKP, chosen, order, projection)
+        outputs.append(mix(problem, projection, add, with_bias=False))
+        kept.append(S_TKP)
+    return outputs, chosen, kept[0][None] if len(kept) == 1 else torch.stack(kept)
+
+
+def backward(
+    problem: Problem,
+    chosen: Chosen,
+    S_PTKP: Tensor,
+    grads: list[Tensor | None],
+    given: tuple[Tensor | None, Tensor | None],
+    needs: Needs,
+) -> Gradients:
+    """Gradients of everything, as in `dense.backward`."""
+    x_TD, dtype = problem.x_TD, problem.x_TD.dtype
+    packed = pack(problem.A_list, problem.B_list, problem.gates, dtype)
+    orders = _orders(problem, chosen)
+    P = padded_rank(problem.widest)
+
+    # in rank space, projection by projection
+    dA, dB, dS = [], [], []
+    dweights_QTK = torch.zeros_like(chosen.weights_QTK) if given[0] is None else given[0].clone()
+    for projection, grad_TO in enumerate(grads):
+        router = _router(chosen, projection)
+        order, index, S_TKP = orders[router], _index(problem, projection), S_PTKP[projection]
+        weights_TK, scale_E = chosen.weights_QTK[router], problem.index.scale_PE[projection]
+        A_RD, B_RO = problem.A_list[projection], problem.B_list[projection]
+        if grad_TO is None:
+            dS.append(torch.zeros_like(S_TKP))
+            dA += [torch.zeros_like(A_RD)] if needs.A else []
+            dB += [torch.zeros_like(B_RO)] if needs.B else []
+            continue
+        tile = tile_for("grouped_shrink", *grad_TO.shape, P)._replace(rows=order.rows)
+        dS_TKP, dweights_TK = grouped_shrink_backward(
+            grad_TO, packed.B_list[projection], S_TKP, weights_TK, scale_E, order, *index, tile
+        )
+        dweights_QTK[router] += dweights_TK
+        dS.append(dS_TKP)
+        if needs.B:
+            tile = tile_for("grouped_gram", *grad_TO.shape, P)
+            dB_RO = grouped_gram(S_TKP, weights_TK, scale_E, grad_TO, order, *index, problem.rows, tile)
+            dB.append(dB_RO.to(B_RO.dtype))
+        if needs.A:
+            tile = tile_for("grouped_gram", *x_TD.shape, P)
+            dA_RD = grouped_gram(dS_TKP, None, None, x_TD, order, *index, problem.rows, tile)
+            dA.append(dA_RD.to(A_RD.dtype))
+
+    # through the routers' choice to their scores
+    dlogits_TM, dgates, part_rows = None, [], 0
+    if problem.choice is not None:
+        part_rows = padded(problem.choice.num_experts, dtype)
+        dlogits_TM = _through_choice(problem, chosen, dweights_QTK, given[1], part_rows)
+        if needs.router:
+            tile = tile_for("gram", *x_TD.shape, dlogits_TM.shape[1])
+            parts_SMD = gram(dlogits_TM, None, x_TD, tile)
+            for router, gate_ED in enumerate(problem.gates):
+                first = router * part_rows
+                dgates.append(sum_parts(parts_SMD[:, first : first + gate_ED.shape[0]], gate_ED.dtype))
+
+    dx_TD = None
+    if needs.x:
+        extra = None
+        if dlogits_TM is not None:
+            rows = [F.pad(gate_ED.to(dtype), (0, 0, 0, part_rows - gate_ED.shape[0])) for gate_ED in problem.gates]
+            extra = (dlogits_TM[:, : part_rows * len(rows)], rows[0] if len(rows) == 1 else torch.cat(rows))
+        add = partial(_expand_x, problem, packed, dS, chosen, orders, extra)
+        dx_TD = input_gradient(grads, problem.weights_OD, x_TD, add)
+    return Gradients(dx_TD, dA, dB, dgates, None if problem.gates else dweights_QTK)
+
+
+def _through_choice(
+    problem: Problem, chosen: Chosen, dweights_QTK: Tensor, grad_logits: Tensor | None, part_rows: int
+) -> Tensor:
+    """The scores' gradient, from that of the weights: what `finish_backward` does where it has no rank rows."""
+    x_TD, routers = problem.x_TD, len(problem.gates)
+    none_1T0, none_TQ0 = x_TD.new_empty(1, x_TD.shape[0], 0), x_TD.new_empty(x_TD.shape[0], routers, 0)
+    index = problem.index
+    rank = finish_backward(
+        none_1T0, none_TQ0, chosen, index.owner_PR, index.scale_PE, problem.choice, part_rows, (dweights_QTK, grad_logits)
+    )
+    assert rank.dlogits_TM is not None
+    return rank.dlogits_TM
+
+
+def _orders(problem: Problem, chosen: Chosen) -> list[Order]:
+    """One order of the tokens for each router."""
+    rows = tile_for("grouped_shrink", *problem.x_TD.shape, padded_rank(problem.widest)).rows
+    experts = problem.index.scale_PE.shape[1]
+    return [
+        sort_by_expert(experts_TK, None if problem.every_token else weights_TK, experts, rows)
+        for experts_TK, weights_TK in zip(chosen.experts_QTK, chosen.weights_QTK, strict=True)
+    ]
+
+
+def _router(chosen: Chosen, projection: int) -> int:
+    return projection if chosen.experts_QTK.shape[0] > 1 else 0
+
+
+def _index(problem: Problem, projection: int) -> tuple[Tensor, Tensor]:
+    return problem.index.starts_PE[projection], problem.index.ranks_PE[projection]
+
+
+def _expand_one(
+    problem: Problem, packed: Packed, S_TKP: Tensor, chosen: Chosen, order: Order, projection: int, out_TO: Tensor, **to
+) -> Tensor:
+    base_TO = to["base_TO"]
+    assert to["bias_O"] is None
+    if base_TO is not None and base_TO is not out_TO:
+        out_TO.copy_(base_TO)
+    tile = tile_for("grouped_expand", *out_TO.shape, padded_rank(problem.widest))
+    grouped_expand(
+        S_TKP,
+        chosen.weights_QTK[_router(chosen, projection)],
+        problem.index.scale_PE[projection],
+        packed.B_list[projection],
+        out_TO,
+        order,
+        *_index(problem, projection),
+        accumulate=base_TO is not None,
+        tile=tile._replace(rows=order.rows),
+    )
+    return out_TO
+
+
+def _expand_x(
+    problem: Problem,
+    packed: Packed,
+    dS: list[Tensor],
+    chosen: Chosen,
+    orders: list[Order],
+    extra: tuple[Tensor, Tensor] | None,
+    out_TO: Tensor,
+    **to,
+) -> Tensor:
+    accumulate = to["base_TO"] is not None
+    tile = tile_for("grouped_expand", *out_TO.shape, padded_rank(problem.widest))
+    for projection, dS_TKP in enumerate(dS):
+        order = orders[_router(chosen, projection)]
+        grouped_expand(
+            dS_TKP,
+            None,
+            None,
+            packed.A_PRD[projection],
+            out_TO,
+            order,
+            *_index(problem, projection),
+            accumulate=accumulate or projection > 0,
+            tile=tile._replace(rows=order.rows),
+            extra=extra if projection == 0 else None,
+        )
+    return out_TO

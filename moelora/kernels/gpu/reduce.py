@@ -1,0 +1,34 @@
+"""Partial sums, added up in the order in which they stand. Begin with sum_parts."""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+BLOCK = 1024
+
+
+def sum_parts(parts_SRO: Float[Tensor, "S R O"], out_dtype: torch.dtype) -> Float[Tensor, "R O"]:
+    """The sum over S of fp32 parts, rounded once, in a tensor of its own. Each part is contiguous, like a slice."""
+    out_RO = parts_SRO.new_empty(parts_SRO.shape[1:], dtype=out_dtype)
+    if out_RO.numel():
+        blocks = triton.cdiv(out_RO.numel(), BLOCK)
+        _sum_parts[(blocks,)](
+            parts_SRO, out_RO, parts_SRO.shape[0], parts_SRO.stride(0), out_RO.numel(), BLOCK=BLOCK, num_warps=4
+        )
+    return out_RO
+
+
+@triton.jit
+@no_type_check
+def _sum_parts(parts_ptr, out_ptr, parts, part_stride, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    part_at = parts_ptr + i
+    for _ in range(parts):
+        total += tl.load(part_at, mask=i < count, other=0.0)
+        part_at += part_stride
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < count)

@@ -1,0 +1,22 @@
+"""How a kernel cuts its work. Begin with Tile."""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """One configuration of one kernel; which of the sizes a kernel reads stands in its file.
+
+    Attributes:
+        rows: tokens (or, in products over tokens, wide columns) that one program owns.
+        columns: columns that one program computes at a time.
+        inner: length of a step along the axis that is summed over.
+        split: into how many parts, each a program of its own, the summed axis is cut; partial sums are added in order.
+        warps, stages: of Triton.
+    """
+
+    rows: int = 64
+    columns: int = 128
+    inner: int = 64
+    split: int = 1
+    warps: int = 4
+    stages: int = 3

@@ -1,0 +1,66 @@
+"""Which configuration a kernel takes, from shapes alone. Begin with tile_for.
+
+The tables are JSON files, one for each kind of GPU, written by `python -m moelora.kernels.tune`. A GPU that has none
+takes the table of the one it resembles most: the default.
+"""
+
+import json
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moelora.kernels.gpu.tile import Tile
+
+FOLDER = Path(__file__).parent / "tuned"
+DEFAULT = "default"
+
+
+def tile_for(kernel: str, tokens: int, width: int, count: int) -> Tile:
+    """The tile of a kernel for this many tokens, a wide axis of this length, and this many rank rows."""
+    return _nearest(kernel, _bucket(tokens), _bucket(width), _bucket(count), device_name())
+
+
+def pays_delta_first(tokens: int, in_features: int, out_features: int) -> bool:
+    """Whether the mixture is to be written before the base's product accumulates onto it."""
+    rules = table(device_name())["delta_first"]
+    nearest = min(rules, key=lambda rule: _distance(rule["key"], (tokens, in_features, out_features)))
+    return nearest["pays"]
+
+
+def rule(name: str) -> int:
+    """A number of the table that says where one path ends and another begins."""
+    return table(device_name())["rules"][name]
+
+
+@lru_cache
+def device_name() -> str:
+    """The name of the table for the GPU at hand."""
+    if not torch.cuda.is_available():
+        return DEFAULT
+    name = torch.cuda.get_device_name().lower().replace(" ", "_")
+    return name if (FOLDER / f"{name}.json").exists() else DEFAULT
+
+
+@lru_cache
+def table(name: str) -> dict[str, Any]:
+    """A table as it stands in its file."""
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+@lru_cache(maxsize=4096)
+def _nearest(kernel: str, tokens: int, width: int, count: int, name: str) -> Tile:
+    entries = table(name)["tiles"][kernel]
+    best = min(entries, key=lambda entry: _distance(entry["key"], (tokens, width, count)))
+    return Tile(**best["tile"])
+
+
+def _bucket(size: int) -> int:
+    """The next power of two, so that a table is asked few different questions."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _distance(key: list[int], sizes: tuple[int, ...]) -> float:
+    return sum(abs(math.log2(max(1, a)) - math.log2(max(1, b))) for a, b in zip(key, sizes))
