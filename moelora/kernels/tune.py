@@ -64,12 +64,24 @@ DELTA_FIRST = [
 
 SPACE: dict[str, dict[str, tuple[int, ...]]] = {
     "shrink": {"rows": (64, 128), "columns": (128,), "inner": (64, 128), "split": (1, 2, 4), "stages": (3, 4)},
-    "expand": {"rows": (64, 128), "columns": (64, 128, 256), "inner": (64, 128), "split": (1, 2, 4, 8), "stages": (2, 3)},
+    "expand": {
+        "rows": (64, 128),
+        "columns": (64, 128, 256),
+        "inner": (64, 128),
+        "split": (1, 2, 4, 8),
+        "stages": (2, 3),
+    },
     "gram": {"rows": (64, 128), "columns": (128,), "inner": (64, 128), "split": (2, 4, 8), "stages": (2, 3, 4)},
     "grouped_shrink": {"rows": (64, 128), "columns": (64,), "inner": (64, 128), "stages": (3, 4)},
     "grouped_expand": {"rows": (64, 128), "columns": (64, 128, 256), "inner": (64,), "stages": (2, 3)},
     "grouped_gram": {"rows": (64, 128), "columns": (64,), "inner": (32, 64), "split": (1, 2, 4), "stages": (3, 4)},
-    "router_logits": {"rows": (4, 16), "columns": (4, 16, 32), "inner": (64, 256), "split": (4, 8, 16, 32), "warps": (4,)},
+    "router_logits": {
+        "rows": (4, 16),
+        "columns": (4, 16, 32),
+        "inner": (64, 256),
+        "split": (4, 8, 16, 32),
+        "warps": (4,),
+    },
     "picked_shrink": {"rows": (16,), "inner": (128, 256), "split": (4, 8, 16, 32), "warps": (2, 4)},
     "picked_expand": {"rows": (32,), "columns": (32, 64, 128), "warps": (1, 2, 4)},
 }
@@ -113,7 +125,11 @@ def launcher(case: Case, device: str, dtype: torch.dtype = torch.bfloat16) -> Ca
     def integers(*shape: int, below: int = EXPERTS) -> torch.Tensor:
         return torch.randint(below, shape, dtype=torch.int32, device=device)
 
-    x, weights, scale = random(tokens, width), random(tokens, TOP_K, as_dtype=torch.float32), torch.ones(EXPERTS, device=device)
+    x, weights, scale = (
+        random(tokens, width),
+        random(tokens, TOP_K, as_dtype=torch.float32),
+        torch.ones(EXPERTS, device=device),
+    )
     if kernel == "shrink":
         projections = 3 if count > 256 else 1
         rows = random(projections, count // projections, width)
@@ -213,7 +229,10 @@ def tune(case: Case, rounds: int) -> dict[str, Any]:
     times = in_turns(runs, rounds, calls=20 if case.tokens <= 256 else 3)
     best = min(times, key=lambda tile: times[tile])
     ranking = sorted(times.values())
-    print(f"{case.kernel:<15}{case[1:]!s:<20}{ranking[0]:8.1f} us, median {statistics.median(ranking):8.1f}  {best}", flush=True)
+    print(
+        f"{case.kernel:<15}{case[1:]!s:<20}{ranking[0]:8.1f} us, median {statistics.median(ranking):8.1f}  {best}",
+        flush=True,
+    )
     return {"key": list(case[1:]), "tile": best._asdict(), "microseconds": round(ranking[0], 1)}
 
 
@@ -226,7 +245,12 @@ def tune_delta_first(size: tuple[int, int, int], rounds: int, tiles: dict[str, T
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
-    x, weight, left, right = random(tokens, in_features), random(out_features, in_features), random(tokens, 128), random(128, out_features)
+    x, weight, left, right = (
+        random(tokens, in_features),
+        random(out_features, in_features),
+        random(tokens, 128),
+        random(128, out_features),
+    )
 
     def delta_first() -> None:
         out = x.new_empty(tokens, out_features)
@@ -263,9 +287,7 @@ def main() -> None:
     for kernel in {case.kernel for case in cases}:
         table["tiles"][kernel] = [tune(case, options.rounds) for case in cases if case.kernel == kernel]
     if options.kernels is None or "expand" in options.kernels:
-        nearest = {
-            kernel: Tile(**table["tiles"][kernel][0]["tile"]) for kernel in ("expand", "expand_add")
-        }
+        nearest = {kernel: Tile(**table["tiles"][kernel][0]["tile"]) for kernel in ("expand", "expand_add")}
         table["delta_first"] = [tune_delta_first(size, 3 * options.rounds, nearest) for size in DELTA_FIRST]
     table["device"] = {"name": torch.cuda.get_device_name(), "torch": torch.__version__}
     output = options.output or tiles.FOLDER / f"{name}.json"

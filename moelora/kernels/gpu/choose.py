@@ -60,6 +60,8 @@ def choose(logits, E, E_PAD: tl.constexpr, TOP_K: tl.constexpr, COMBINE: tl.cons
 @triton.jit
 @no_type_check
 def store_choice(
+    ids,
+    weights,
     logits,
     rows,
     row_mask,
@@ -69,11 +71,8 @@ def store_choice(
     E,
     E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
-    COMBINE: tl.constexpr,
 ):
-    """Choose for each row of a (rows, E_PAD) tile; write ids, weights and the scores to rows of contiguous tensors."""
-    ids, weights = choose(logits, E, E_PAD, TOP_K, COMBINE)
-
+    """Write what `choose` gave for a (rows, E_PAD) tile, and the scores themselves, to rows of contiguous tensors."""
     rows = rows.to(tl.int64)[:, None]
     slots = tl.arange(0, triton.next_power_of_2(TOP_K))[None, :]
     slot_mask = row_mask[:, None] & (slots < TOP_K)
@@ -149,4 +148,5 @@ def _choose_experts(
     # rounded as torch rounds it: a temperature of 1 changes nothing
     logits = tl.div_rn(logits, tl.full((ROWS, E_PAD), 1.0, tl.float32) * temperature)
 
-    store_choice(logits, rows, row_mask, experts_TK, weights_TK, logits_TE, E, E_PAD, TOP_K, COMBINE)
+    ids, weights = choose(logits, E, E_PAD, TOP_K, COMBINE)
+    store_choice(ids, weights, logits, rows, row_mask, experts_TK, weights_TK, logits_TE, E, E_PAD, TOP_K)

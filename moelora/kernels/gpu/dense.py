@@ -5,17 +5,17 @@ than reading x and writing the output. One pass over x serves A and the router, 
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moelora.kernels.gpu.expand import Gate, Tail, expand
-from moelora.kernels.gpu.finish_backward import finish_backward
-from moelora.kernels.gpu.finish_forward import Chosen, finish_forward
+from moelora.kernels.gpu.expand import expand
+from moelora.kernels.gpu.finish_backward import finish_backward, score_columns
+from moelora.kernels.gpu.finish_forward import Chosen, finish_forward, new_chosen
 from moelora.kernels.gpu.gram import gram
 from moelora.kernels.gpu.linear import Add, add_to_base, input_gradient
-from moelora.kernels.gpu.pack import Packed, pack, padded
+from moelora.kernels.gpu.pack import Packed, pack_backward, pack_forward, padded
 from moelora.kernels.gpu.problem import Problem
 from moelora.kernels.gpu.product import product
 from moelora.kernels.gpu.reduce import sum_parts
@@ -44,44 +44,45 @@ class Gradients(NamedTuple):
     weights_QTK: Tensor | None
 
 
-def forward(problem: Problem) -> tuple[list[Tensor], Chosen, Tensor]:
-    """The outputs, what the routers chose, and S_TPR, the values of the rank rows before the gate."""
-    packed = pack(problem.A_list, problem.B_list, problem.gates, problem.x_TD.dtype)
-    S_TPR, chosen = shrink(problem, packed)
-    outputs = [
-        mix(problem, projection, partial(_expand_one, problem, packed, S_TPR, chosen, projection))
-        for projection in range(len(problem.A_list))
-    ]
-    return outputs, chosen, S_TPR
-
-
-def shrink(problem: Problem, packed: Packed) -> tuple[Tensor, Chosen]:
-    """x times the rows of A, and what acts: as it was given, or as the routers choose by the same pass over x."""
-    x_TD, choice, tails_QMD = problem.x_TD, problem.choice, packed.tails_QMD
+def forward(problem: Problem, *, keeps: bool) -> tuple[list[Tensor], Chosen, Tensor | None]:
+    """The outputs, what acts, and S_TPR, the values of the rank rows before the gate (None unless `keeps`)."""
+    x_TD, choice, index = problem.x_TD, problem.choice, problem.index
+    packed = pack_forward(problem.A_list, problem.B_list, problem.gates, x_TD.dtype)
     (tokens, width), (projections, rows, _) = x_TD.shape, packed.A_PRD.shape
-    routers = len(problem.gates)
-    tile = tile_for("shrink", tokens, width, projections * rows)
-    run = partial(product, x_TD, tile=tile, dropout=problem.dropout, seed=problem.seed)
+    tile = tile_for("shrink", tokens, width, projections * rows, x_TD.dtype)
 
-    if tails_QMD is not None and tails_QMD.shape[1] > LARGEST_TAIL:
-        chosen = choose_alone(problem, packed)
-        S_TPR, _ = finish_forward(run(packed.A_PRD, None), projections, rows, 0, None, 1.0, x_TD.dtype)
-        return S_TPR, chosen
-    parts_STN = run(packed.A_PRD, tails_QMD)
-    S_TPR, made = finish_forward(parts_STN, projections, rows, routers, choice, packed.tail_scale, x_TD.dtype)
-    return S_TPR, given_choice(problem) if made is None else made
+    # who acts: given, chosen by a pass over x of their own if there are many, or by that which the rank rows need anyway
+    tails_QMD = packed.tails_QMD
+    if choice is None:
+        chosen = given_choice(problem)
+    elif tails_QMD is not None and tails_QMD.shape[1] > LARGEST_TAIL:
+        chosen, choice, tails_QMD = choose_alone(problem, packed), None, None
+    else:
+        chosen = new_chosen(choice, len(problem.gates), tokens, x_TD.device)
+    parts_STN = product(x_TD, packed.A_PRD, tails_QMD, tile, dropout=problem.dropout, seed=problem.seed)
+    S_TPR, gated_TPR = finish_forward(
+        parts_STN, chosen, choice, packed.tail_scale, index.owner_PR, index.scale_PE, x_TD.dtype, keeps=keeps
+    )
+
+    outputs = []
+    for projection, B_RO in enumerate(packed.B_list):
+        router = projection if chosen.experts_QTK.shape[0] > 1 else 0
+        idle = None if problem.every_token else (chosen.experts_QTK[router], chosen.weights_QTK[router])
+        outputs.append(mix(problem, projection, partial(_expand, gated_TPR[:, projection], B_RO, idle=idle)))
+    return outputs, chosen, S_TPR
 
 
 def choose_alone(problem: Problem, packed: Packed) -> Chosen:
     """What the routers choose, in a pass over x of their own."""
-    x_TD, tails_QMD = problem.x_TD, packed.tails_QMD
+    x_TD, tails_QMD, choice, index = problem.x_TD, packed.tails_QMD, problem.choice, problem.index
     assert tails_QMD is not None
+    assert choice is not None
     (tokens, width), routers = x_TD.shape, len(problem.gates)
-    rows_1MD = tails_QMD.reshape(1, -1, width)
-    tile = tile_for("shrink", tokens, width, rows_1MD.shape[1])
-    parts_STN = product(x_TD, rows_1MD, None, tile)
-    _, chosen = finish_forward(parts_STN, 1, 0, routers, problem.choice, packed.tail_scale, x_TD.dtype)
-    assert chosen is not None
+    rows_1ND = tails_QMD.reshape(1, -1, width)
+    parts_STN = product(x_TD, rows_1ND, None, tile_for("shrink", tokens, width, rows_1ND.shape[1], x_TD.dtype))
+    chosen = new_chosen(choice, routers, tokens, x_TD.device)
+    no_rows = index.owner_PR[:, :0]
+    finish_forward(parts_STN, chosen, choice, packed.tail_scale, no_rows, index.scale_PE, x_TD.dtype, keeps=False)
     return chosen
 
 
@@ -94,35 +95,32 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Gradients of everything, from those of the outputs and `given`, those of the weights and the scores."""
-    x_TD, dtype = problem.x_TD, problem.x_TD.dtype
-    (tokens, width), (_, projections, rows) = x_TD.shape, S_TPR.shape
-    packed = pack(problem.A_list, problem.B_list, problem.gates, dtype)
+    x_TD, dtype, choice = problem.x_TD, problem.x_TD.dtype, problem.choice
+    (tokens, _), (_, projections, rows) = x_TD.shape, S_TPR.shape
+    part_rows = padded(choice.num_experts, dtype) if choice is not None else 0
+    columns = score_columns(len(problem.gates), part_rows)
+    rows_ND, B_list = pack_backward(problem.A_list, problem.B_list, problem.gates, columns, dtype)
 
     # dY @ B.T of each projection, side by side
-    tile = tile_for("shrink", tokens, problem.out_width(0), rows)
+    tile = tile_for("shrink", tokens, problem.out_width(0), rows, dtype)
     parts_STN = torch.empty(tile.split, tokens, projections * rows, dtype=torch.float32, device=x_TD.device)
     for projection, grad_TO in enumerate(grads):
         mine_STR = parts_STN[:, :, projection * rows : (projection + 1) * rows]
         if grad_TO is None:
             mine_STR.zero_()
         else:
-            product(grad_TO, packed.B_list[projection][None], None, tile, out_STN=mine_STR)
-    part_rows = padded(problem.choice.num_experts, dtype) if problem.choice is not None else 0
+            product(grad_TO, B_list[projection][None], None, tile, out_STN=mine_STR)
     rank = finish_backward(
-        parts_STN, S_TPR, chosen, problem.index.owner_PR, problem.index.scale_PE, problem.choice, part_rows, given
+        parts_STN, S_TPR, chosen, problem.index.owner_PR, problem.index.scale_PE, choice, part_rows, given
     )
 
-    dA, dgates, dx_TD = [], [], None
-    dB = [_grad_B(problem, rank.gated_TPR, grads, projection) for projection in range(projections)] if needs.B else []
-    dS_TN = rank.dS_TPR.reshape(tokens, projections * rows)
+    dB, dA, dgates, dx_TD = [], [], [], None
+    if needs.B:
+        dB = [_grad_B(problem, rank.gated_TPR, grads, projection) for projection in range(projections)]
     if needs.A or needs.router:
-        dA, dgates = _grad_A(problem, dS_TN, rank.dlogits_TM, part_rows, needs)
+        dA, dgates = _grad_A(problem, rank.rank_TN, part_rows, needs)
     if needs.x:
-        tail = None
-        if rank.dlogits_TM is not None and packed.tails_QMD is not None:
-            tail = Tail(rank.dlogits_TM, packed.tails_QMD, part_rows, packed.tail_scale)
-        add = partial(_expand_x, problem, dS_TN, packed.A_PRD.reshape(-1, width), tail)
-        dx_TD = input_gradient(grads, problem.weights_OD, x_TD, add)
+        dx_TD = input_gradient(grads, problem.weights_OD, x_TD, partial(_expand_x, problem, rank.rank_TN, rows_ND))
     return Gradients(dx_TD, dA, dB, dgates, rank.dweights_QTK)
 
 
@@ -136,41 +134,45 @@ def mix(problem: Problem, projection: int, add: Add, *, with_bias: bool = True) 
     return add_to_base(problem.x_TD, problem.weights_OD[projection], bias_O, add, every_token=fresh)
 
 
-def _expand_one(problem: Problem, packed: Packed, S_TPR: Tensor, chosen: Chosen, projection: int, out_TO: Tensor, **to):
-    router = projection if chosen.experts_QTK.shape[0] > 1 else 0
-    gate = Gate(
-        chosen.experts_QTK[router],
-        chosen.weights_QTK[router],
-        problem.index.owner_PR[projection],
-        problem.index.scale_PE[projection],
-    )
-    tile = tile_for("expand" if to["base_TO"] is None else "expand_add", *out_TO.shape, problem.rows)
-    B_RO = packed.B_list[projection]
-    return expand(S_TPR[:, projection], B_RO, out_TO, tile, gate=gate, skip_idle=not problem.every_token, **to)
+def given_choice(problem: Problem) -> Chosen:
+    """What was given, as if routers had chosen it."""
+    assert problem.experts_QTK is not None
+    assert problem.weights_QTK is not None
+    return Chosen(problem.experts_QTK, problem.weights_QTK, problem.weights_QTK)
 
 
-def _expand_x(problem: Problem, dS_TN: Tensor, A_ND: Tensor, tail: Tail | None, out_TO: Tensor, **to) -> Tensor:
-    tile = tile_for("expand" if to["base_TO"] is None else "expand_add", *out_TO.shape, A_ND.shape[0])
-    return expand(dS_TN, A_ND, out_TO, tile, tail=tail, dropout=problem.dropout, seed=problem.seed, **to)
+def _expand(left_TR: Tensor, right_RO: Tensor, out_TO: Tensor, **to: Any) -> Tensor:
+    """`expand` with its tile; an addition reads what it adds to, and has a tile of its own."""
+    kernel = "expand" if to["base_TO"] is None else "expand_add"
+    return expand(left_TR, right_RO, out_TO, tile_for(kernel, *out_TO.shape, left_TR.shape[1], left_TR.dtype), **to)
+
+
+def _expand_x(problem: Problem, rank_TN: Tensor, rows_ND: Tensor, out_TD: Tensor, **to: Any) -> Tensor:
+    """The mixture's part of dx. With dropout the router's part, which knows none, comes after the experts'."""
+    if not problem.dropout:
+        return _expand(rank_TN, rows_ND, out_TD, **to)
+    count = len(problem.A_list) * problem.rows
+    _expand(rank_TN[:, :count], rows_ND[:count], out_TD, dropout=problem.dropout, seed=problem.seed, **to)
+    if rank_TN.shape[1] > count:
+        _expand(rank_TN[:, count:], rows_ND[count:], out_TD, base_TO=out_TD, bias_O=None)
+    return out_TD
 
 
 def _grad_B(problem: Problem, gated_TPR: Tensor, grads: list[Tensor | None], projection: int) -> Tensor:
     B_RO, grad_TO = problem.B_list[projection], grads[projection]
     if grad_TO is None:
         return torch.zeros_like(B_RO)
-    tile = tile_for("gram", *grad_TO.shape, B_RO.shape[0])
+    tile = tile_for("gram", *grad_TO.shape, B_RO.shape[0], grad_TO.dtype)
     return sum_parts(gram(gated_TPR[:, projection], None, grad_TO, tile), B_RO.dtype)
 
 
-def _grad_A(
-    problem: Problem, dS_TN: Tensor, dlogits_TM: Tensor | None, part_rows: int, needs: Needs
-) -> tuple[list[Tensor], list[Tensor]]:
+def _grad_A(problem: Problem, rank_TN: Tensor, part_rows: int, needs: Needs) -> tuple[list[Tensor], list[Tensor]]:
     """Of A and of the routers, in one pass over x."""
     x_TD, rows = problem.x_TD, problem.rows
-    left_TN = dS_TN if needs.A else dS_TN[:, :0]
-    tail_TM = dlogits_TM if needs.router else None
-    tile = tile_for("gram", *x_TD.shape, left_TN.shape[1] or rows)
-    run = partial(gram, wide_TO=x_TD, tile=tile)
+    count = len(problem.A_list) * rows
+    left_TN = rank_TN[:, : count if needs.A else 0]
+    tail_TM = rank_TN[:, count:] if needs.router and problem.gates else None
+    run = partial(gram, wide_TO=x_TD, tile=tile_for("gram", *x_TD.shape, left_TN.shape[1] or 16, x_TD.dtype))
     if tail_TM is not None and tail_TM.shape[1] > LARGEST_TAIL:
         tail_SMD = run(tail_TM, None)
         parts_SND = run(left_TN, None, dropout=problem.dropout, seed=problem.seed)
@@ -181,17 +183,9 @@ def _grad_A(
     dA, dgates = [], []
     if needs.A:
         for projection, A_RD in enumerate(problem.A_list):
-            mine_SRD = parts_SND[:, projection * rows : (projection + 1) * rows]
-            dA.append(sum_parts(mine_SRD, A_RD.dtype))
+            dA.append(sum_parts(parts_SND[:, projection * rows : (projection + 1) * rows], A_RD.dtype))
     if needs.router:
         for router, gate_ED in enumerate(problem.gates):
             first = router * part_rows
             dgates.append(sum_parts(tail_SMD[:, first : first + gate_ED.shape[0]], gate_ED.dtype))
     return dA, dgates
-
-
-def given_choice(problem: Problem) -> Chosen:
-    """What was given, as if routers had chosen it."""
-    assert problem.experts_QTK is not None
-    assert problem.weights_QTK is not None
-    return Chosen(problem.experts_QTK, problem.weights_QTK, problem.weights_QTK)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from moelora.kernels.gpu.finish_forward import Choice, Chosen
 from moelora.kernels.gpu.gate import acts, gates
+from moelora.kernels.gpu.launch import cdiv, launch, power_of_two
 
-ROWS = 32
+ROWS = 16
 COLUMNS = 64
 
 
@@ -22,17 +23,20 @@ class RankGradients(NamedTuple):
     """Gradients in rank space.
 
     Attributes:
-        dS_TPR: of the values of the rank rows.
+        rank_TN: of the values of the rank rows, dS (P * R columns), and behind them M of the scores before the
+            temperature: for each router as many as `pack.padded` says, and zeros up to `score_columns`. In x's dtype.
         gated_TPR: not a gradient: S * gate, of which dB is made.
         dweights_QTK: of the weights; None where they are a router's, whose scores have it all.
-        dlogits_TM: of the scores before the temperature, in x's dtype: for each router as many columns as
-            `pack.padded` says, and zeros behind; None without a router.
     """
 
-    dS_TPR: Tensor
+    rank_TN: Tensor
     gated_TPR: Tensor
     dweights_QTK: Tensor | None
-    dlogits_TM: Tensor | None
+
+
+def score_columns(routers: int, part_rows: int) -> int:
+    """Columns that the scores of Q routers take in `RankGradients.rank_TN`."""
+    return max(16, power_of_two(routers * part_rows)) if part_rows else 0
 
 
 def finish_backward(
@@ -51,51 +55,54 @@ def finish_backward(
         parts_STN: (S, T, P * R).
         chosen: the answers of one router for all projections, or of one for each.
         choice: how the routers choose, if they are a part of the op.
-        part_rows: columns that a router takes in `dlogits_TM`.
+        part_rows: columns that a router takes in `rank_TN`; 0 without routers.
         given: gradients that come from elsewhere, of weights_QTK and logits_QTE.
     """
     (split, tokens, _), (_, projections, count) = parts_STN.shape, S_TPR.shape
     routers, _, top_k = chosen.experts_QTK.shape
-    dS_TPR, gated_TPR = torch.empty_like(S_TPR), torch.empty_like(S_TPR)
-    dweights_QTK = dlogits_TM = None
-    if choice is None:
-        dweights_QTK = torch.empty_like(chosen.weights_QTK)
-    else:
-        columns = max(16, triton.next_power_of_2(routers * part_rows))
-        dlogits_TM = torch.empty(tokens, columns, dtype=S_TPR.dtype, device=S_TPR.device)
-    if not tokens:
-        return RankGradients(dS_TPR, gated_TPR, dweights_QTK, dlogits_TM)
+    columns = score_columns(routers, part_rows)
+    rank_TN = torch.empty(tokens, projections * count + columns, dtype=S_TPR.dtype, device=S_TPR.device)
+    gated_TPR = torch.empty_like(S_TPR)
+    dweights_QTK = torch.empty_like(chosen.weights_QTK) if choice is None else None
     rows = max(1, min(ROWS, 4096 // max(part_rows, COLUMNS)))
-    _finish_backward[(triton.cdiv(tokens, rows),)](
-        parts_STN,
-        S_TPR,
-        *chosen,
-        owners_PR,
-        scales_PE,
-        *given,
-        dS_TPR,
-        gated_TPR,
-        dweights_QTK,
-        dlogits_TM,
-        tokens,
-        count,
-        scales_PE.shape[1],
-        1.0 if choice is None else 1 / choice.temperature,
-        ROWS=rows,
-        COLUMNS=COLUMNS,
-        SPLIT=split,
-        PROJECTIONS=projections,
-        BLOCKS=triton.cdiv(count, COLUMNS),
-        SHARED=routers == 1,
-        ROUTERS=routers,
-        TOP_K=top_k,
-        SLOTS=triton.next_power_of_2(top_k),
-        COMBINE="given" if choice is None else choice.combine,
-        PART_ROWS=max(1, part_rows),
-        LOGIT_COLUMNS=0 if dlogits_TM is None else dlogits_TM.shape[1],
-        num_warps=4,
-    )
-    return RankGradients(dS_TPR, gated_TPR, dweights_QTK, dlogits_TM)
+    if tokens:
+        launch(
+            _finish_backward,
+            (cdiv(tokens, rows),),
+            (
+                parts_STN,
+                S_TPR,
+                *chosen,
+                owners_PR,
+                scales_PE,
+                *given,
+                rank_TN,
+                gated_TPR,
+                dweights_QTK,
+                tokens,
+                count,
+                scales_PE.shape[1],
+                1.0 if choice is None else 1 / choice.temperature,
+                rank_TN.stride(0),
+            ),
+            {
+                "ROWS": rows,
+                "COLUMNS": COLUMNS,
+                "SPLIT": split,
+                "PROJECTIONS": projections,
+                "BLOCKS": cdiv(count, COLUMNS),
+                "SHARED": routers == 1,
+                "ROUTERS": routers,
+                "TOP_K": top_k,
+                "SLOTS": power_of_two(top_k),
+                "COMBINE": "given" if choice is None else choice.combine,
+                "PART_ROWS": max(1, part_rows),
+                "LOGIT_COLUMNS": columns,
+            },
+            warps=4,
+            stages=2,
+        )
+    return RankGradients(rank_TN, gated_TPR, dweights_QTK)
 
 
 @triton.jit
@@ -116,10 +123,10 @@ def _store_router(
     tokens,
     num_experts,
     scale,
+    rank_stride,
     TOP_K: tl.constexpr,
     COMBINE: tl.constexpr,
     PART_ROWS: tl.constexpr,
-    LOGIT_COLUMNS: tl.constexpr,
 ):
     """From the gradient of the chosen weights, (rows, slots), to what leaves the kernel."""
     row = router * tl.cast(tokens, tl.int64) + t
@@ -155,7 +162,7 @@ def _store_router(
             dlogits += tl.load(given_logits_ptr + logits_at, mask=is_expert, other=0.0)
         dlogits = tl.where(is_expert, dlogits * scale, 0.0)
         tl.store(
-            dlogits_ptr + t.to(tl.int64)[:, None] * LOGIT_COLUMNS + router * PART_ROWS + expert[None, :],
+            dlogits_ptr + t.to(tl.int64)[:, None] * rank_stride + router * PART_ROWS + expert[None, :],
             dlogits.to(dlogits_ptr.dtype.element_ty),
             mask=is_token[:, None],
         )
@@ -173,14 +180,14 @@ def _finish_backward(
     scale_ptr,
     given_weights_ptr,
     given_logits_ptr,
-    ds_ptr,
+    rank_ptr,
     gated_ptr,
     dweights_ptr,
-    dlogits_ptr,
     tokens,
     count,
     num_experts,
     logits_scale,
+    rank_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -212,7 +219,7 @@ def _finish_backward(
             mask = is_token[:, None] & is_row[None, :]
             at = t.to(tl.int64)[:, None] * total + projection * count + r[None, :]
             dsg = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for part in tl.static_range(SPLIT):
+            for part in range(SPLIT):
                 dsg += tl.load(parts_ptr + part * part_size + at, mask=mask, other=0.0)
             s = tl.load(s_ptr + at, mask=mask, other=0.0)
 
@@ -220,7 +227,8 @@ def _finish_backward(
             scale = tl.load(scale_ptr + projection * num_experts + owner, mask=is_row, other=0.0)
             gate = gates(mine, my_weights, t, is_token, owner, scale, TOP_K)
             opened = gate != 0
-            tl.store(ds_ptr + at, tl.where(opened, dsg * gate, 0.0).to(ds_ptr.dtype.element_ty), mask=mask)
+            ds = tl.where(opened, dsg * gate, 0.0).to(rank_ptr.dtype.element_ty)
+            tl.store(rank_ptr + t.to(tl.int64)[:, None] * rank_stride + projection * count + r[None, :], ds, mask=mask)
             gated = tl.where(opened, s.to(tl.float32) * gate, 0.0)
             tl.store(gated_ptr + at, gated.to(gated_ptr.dtype.element_ty), mask=mask)
 
@@ -239,7 +247,7 @@ def _finish_backward(
                 given_weights_ptr,
                 given_logits_ptr,
                 dweights_ptr,
-                dlogits_ptr,
+                rank_ptr + total,
                 t,
                 is_token,
                 slot,
@@ -247,17 +255,17 @@ def _finish_backward(
                 tokens,
                 num_experts,
                 logits_scale,
+                rank_stride,
                 TOP_K,
                 COMBINE,
                 PART_ROWS,
-                LOGIT_COLUMNS,
             )
             dweight = tl.zeros((ROWS, SLOTS), tl.float32)
 
     if LOGIT_COLUMNS > ROUTERS * PART_ROWS:
         m = tl.arange(0, LOGIT_COLUMNS)
         tl.store(
-            dlogits_ptr + t.to(tl.int64)[:, None] * LOGIT_COLUMNS + m[None, :],
-            tl.zeros((ROWS, LOGIT_COLUMNS), dlogits_ptr.dtype.element_ty),
+            rank_ptr + t.to(tl.int64)[:, None] * rank_stride + total + m[None, :],
+            tl.zeros((ROWS, LOGIT_COLUMNS), rank_ptr.dtype.element_ty),
             mask=is_token[:, None] & (m >= ROUTERS * PART_ROWS)[None, :],
         )

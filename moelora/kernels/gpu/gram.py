@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moelora.kernels.gpu.dropout import keep
+from moelora.kernels.gpu.launch import cdiv, launch, power_of_two
 from moelora.kernels.gpu.precision import dot_precision
 from moelora.kernels.gpu.tile import Tile
 
@@ -39,35 +40,41 @@ def gram(
     parts_SNO = make(tile.split, total, width, dtype=torch.float32, device=wide_TO.device)
     if not tokens or not total:
         return parts_SNO
-    columns = max(16, min(tile.columns, triton.next_power_of_2(max(count, 1))))
-    blocks = max(1, triton.cdiv(count, columns))
-    step = triton.cdiv(triton.cdiv(tokens, tile.split), tile.inner) * tile.inner
-    _gram[(triton.cdiv(width, tile.rows) * blocks, tile.split)](
-        left_TN,
-        left_TN if tail_TM is None else tail_TM,
-        wide_TO,
-        parts_SNO,
-        seed,
-        tokens,
-        width,
-        count,
-        blocks,
-        step,
-        total,
-        left_TN.stride(0),
-        0 if tail_TM is None else tail_TM.stride(0),
-        wide_TO.stride(0),
-        dropout,
-        ROWS=tile.rows,
-        COLUMNS=columns,
-        INNER=tile.inner,
-        TAIL=tail,
-        HAS_LEFT=count > 0,
-        EVEN=step * tile.split == tokens,
-        DROPOUT=dropout > 0,
-        PRECISION=dot_precision(wide_TO.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+    columns = max(16, min(tile.columns, power_of_two(max(count, 1))))
+    blocks = max(1, cdiv(count, columns))
+    step = cdiv(cdiv(tokens, tile.split), tile.inner) * tile.inner
+    launch(
+        _gram,
+        (cdiv(width, tile.rows) * blocks, tile.split),
+        (
+            left_TN,
+            left_TN if tail_TM is None else tail_TM,
+            wide_TO,
+            parts_SNO,
+            seed,
+            tokens,
+            width,
+            count,
+            blocks,
+            step,
+            total,
+            left_TN.stride(0),
+            0 if tail_TM is None else tail_TM.stride(0),
+            wide_TO.stride(0),
+            dropout,
+        ),
+        {
+            "ROWS": tile.rows,
+            "COLUMNS": columns,
+            "INNER": tile.inner,
+            "TAIL": tail,
+            "HAS_LEFT": count > 0,
+            "EVEN": step * tile.split == tokens,
+            "DROPOUT": dropout > 0,
+            "PRECISION": dot_precision(wide_TO.dtype),
+        },
+        warps=tile.warps,
+        stages=tile.stages,
     )
     return parts_SNO
 

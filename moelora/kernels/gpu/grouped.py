@@ -5,13 +5,13 @@ the K slots; x is fetched row by row where it lies, and the output is written sl
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moelora.kernels.gpu.dense import Gradients, Needs, choose_alone, given_choice, mix
-from moelora.kernels.gpu.finish_backward import finish_backward
+from moelora.kernels.gpu.finish_backward import finish_backward, score_columns
 from moelora.kernels.gpu.finish_forward import Chosen
 from moelora.kernels.gpu.gram import gram
 from moelora.kernels.gpu.grouped_expand import grouped_expand
@@ -19,7 +19,7 @@ from moelora.kernels.gpu.grouped_gram import grouped_gram
 from moelora.kernels.gpu.grouped_shrink import grouped_shrink, grouped_shrink_backward, padded_rank
 from moelora.kernels.gpu.linear import input_gradient
 from moelora.kernels.gpu.order import Order, sort_by_expert
-from moelora.kernels.gpu.pack import Packed, pack, padded
+from moelora.kernels.gpu.pack import Packed, pack_backward, pack_forward, padded
 from moelora.kernels.gpu.problem import Problem
 from moelora.kernels.gpu.reduce import sum_parts
 from moelora.kernels.gpu.tiles import tile_for
@@ -30,12 +30,12 @@ def kept_shape(tokens: int, top_k: int, widest: int) -> tuple[int, int, int]:
     return tokens, top_k, padded_rank(widest)
 
 
-def forward(problem: Problem) -> tuple[list[Tensor], Chosen, Tensor]:
-    """The outputs, what the routers chose, and S_PTKP, the values of the rank rows of each pick before the gate."""
-    packed = pack(problem.A_list, problem.B_list, problem.gates, problem.x_TD.dtype)
+def forward(problem: Problem, *, keeps: bool) -> tuple[list[Tensor], Chosen, Tensor | None]:
+    """The outputs, what acts, and S_PTKP, the values of the rank rows of each pick before the gate (if it `keeps`)."""
+    packed = pack_forward(problem.A_list, problem.B_list, problem.gates, problem.x_TD.dtype)
     chosen = choose_alone(problem, packed) if problem.gates else given_choice(problem)
     orders = _orders(problem, chosen)
-    tile = tile_for("grouped_shrink", *problem.x_TD.shape, padded_rank(problem.widest))
+    tile = tile_for("grouped_shrink", *problem.x_TD.shape, padded_rank(problem.widest), problem.x_TD.dtype)
 
     outputs, kept = [], []
     for projection in range(len(problem.A_list)):
@@ -44,6 +44,8 @@ def forward(problem: Problem) -> tuple[list[Tensor], Chosen, Tensor]:
         add = partial(_expand_one, problem, packed, S_TKP, chosen, order, projection)
         outputs.append(mix(problem, projection, add, with_bias=False))
         kept.append(S_TKP)
+    if not keeps:
+        return outputs, chosen, None
     return outputs, chosen, kept[0][None] if len(kept) == 1 else torch.stack(kept)
 
 
@@ -57,7 +59,9 @@ def backward(
 ) -> Gradients:
     """Gradients of everything, as in `dense.backward`."""
     x_TD, dtype = problem.x_TD, problem.x_TD.dtype
-    packed = pack(problem.A_list, problem.B_list, problem.gates, dtype)
+    part_rows = padded(problem.choice.num_experts, dtype) if problem.choice is not None else 0
+    columns = score_columns(len(problem.gates), part_rows)
+    rows_ND, B_list = pack_backward(problem.A_list, problem.B_list, problem.gates, columns, dtype)
     orders = _orders(problem, chosen)
     P = padded_rank(problem.widest)
 
@@ -74,40 +78,34 @@ def backward(
             dA += [torch.zeros_like(A_RD)] if needs.A else []
             dB += [torch.zeros_like(B_RO)] if needs.B else []
             continue
-        tile = tile_for("grouped_shrink", *grad_TO.shape, P)._replace(rows=order.rows)
+        tile = tile_for("grouped_shrink", *grad_TO.shape, P, dtype)._replace(rows=order.rows)
         dS_TKP, dweights_TK = grouped_shrink_backward(
-            grad_TO, packed.B_list[projection], S_TKP, weights_TK, scale_E, order, *index, tile
+            grad_TO, B_list[projection], S_TKP, weights_TK, scale_E, order, *index, tile
         )
         dweights_QTK[router] += dweights_TK
         dS.append(dS_TKP)
         if needs.B:
-            tile = tile_for("grouped_gram", *grad_TO.shape, P)
+            tile = tile_for("grouped_gram", *grad_TO.shape, P, dtype)
             dB_RO = grouped_gram(S_TKP, weights_TK, scale_E, grad_TO, order, *index, problem.rows, tile)
             dB.append(dB_RO.to(B_RO.dtype))
         if needs.A:
-            tile = tile_for("grouped_gram", *x_TD.shape, P)
+            tile = tile_for("grouped_gram", *x_TD.shape, P, dtype)
             dA_RD = grouped_gram(dS_TKP, None, None, x_TD, order, *index, problem.rows, tile)
             dA.append(dA_RD.to(A_RD.dtype))
 
     # through the routers' choice to their scores
-    dlogits_TM, dgates, part_rows = None, [], 0
+    scores_TM, dgates = None, []
     if problem.choice is not None:
-        part_rows = padded(problem.choice.num_experts, dtype)
-        dlogits_TM = _through_choice(problem, chosen, dweights_QTK, given[1], part_rows)
+        scores_TM = _through_choice(problem, chosen, dweights_QTK, given[1], part_rows)
         if needs.router:
-            tile = tile_for("gram", *x_TD.shape, dlogits_TM.shape[1])
-            parts_SMD = gram(dlogits_TM, None, x_TD, tile)
+            parts_SMD = gram(scores_TM, None, x_TD, tile_for("gram", *x_TD.shape, columns, dtype))
             for router, gate_ED in enumerate(problem.gates):
                 first = router * part_rows
                 dgates.append(sum_parts(parts_SMD[:, first : first + gate_ED.shape[0]], gate_ED.dtype))
 
     dx_TD = None
     if needs.x:
-        extra = None
-        if dlogits_TM is not None:
-            rows = [F.pad(gate_ED.to(dtype), (0, 0, 0, part_rows - gate_ED.shape[0])) for gate_ED in problem.gates]
-            extra = (dlogits_TM[:, : part_rows * len(rows)], rows[0] if len(rows) == 1 else torch.cat(rows))
-        add = partial(_expand_x, problem, packed, dS, chosen, orders, extra)
+        add = partial(_expand_x, problem, rows_ND, dS, scores_TM, chosen, orders)
         dx_TD = input_gradient(grads, problem.weights_OD, x_TD, add)
     return Gradients(dx_TD, dA, dB, dgates, None if problem.gates else dweights_QTK)
 
@@ -115,20 +113,19 @@ def backward(
 def _through_choice(
     problem: Problem, chosen: Chosen, dweights_QTK: Tensor, grad_logits: Tensor | None, part_rows: int
 ) -> Tensor:
-    """The scores' gradient, from that of the weights: what `finish_backward` does where it has no rank rows."""
-    x_TD, routers = problem.x_TD, len(problem.gates)
-    none_1T0, none_TQ0 = x_TD.new_empty(1, x_TD.shape[0], 0), x_TD.new_empty(x_TD.shape[0], routers, 0)
-    index = problem.index
+    """The scores' gradient, from that of the weights: what `finish_backward` does where there are no rank rows."""
+    x_TD, routers, index = problem.x_TD, len(problem.gates), problem.index
+    no_parts, no_values = x_TD.new_empty(1, x_TD.shape[0], 0), x_TD.new_empty(x_TD.shape[0], routers, 0)
+    given = (dweights_QTK, grad_logits)
     rank = finish_backward(
-        none_1T0, none_TQ0, chosen, index.owner_PR, index.scale_PE, problem.choice, part_rows, (dweights_QTK, grad_logits)
+        no_parts, no_values, chosen, index.owner_PR, index.scale_PE, problem.choice, part_rows, given
     )
-    assert rank.dlogits_TM is not None
-    return rank.dlogits_TM
+    return rank.rank_TN
 
 
 def _orders(problem: Problem, chosen: Chosen) -> list[Order]:
     """One order of the tokens for each router."""
-    rows = tile_for("grouped_shrink", *problem.x_TD.shape, padded_rank(problem.widest)).rows
+    rows = tile_for("grouped_shrink", *problem.x_TD.shape, padded_rank(problem.widest), problem.x_TD.dtype).rows
     experts = problem.index.scale_PE.shape[1]
     return [
         sort_by_expert(experts_TK, None if problem.every_token else weights_TK, experts, rows)
@@ -145,13 +142,20 @@ def _index(problem: Problem, projection: int) -> tuple[Tensor, Tensor]:
 
 
 def _expand_one(
-    problem: Problem, packed: Packed, S_TKP: Tensor, chosen: Chosen, order: Order, projection: int, out_TO: Tensor, **to
+    problem: Problem,
+    packed: Packed,
+    S_TKP: Tensor,
+    chosen: Chosen,
+    order: Order,
+    projection: int,
+    out_TO: Tensor,
+    **to: Any,
 ) -> Tensor:
     base_TO = to["base_TO"]
     assert to["bias_O"] is None
     if base_TO is not None and base_TO is not out_TO:
         out_TO.copy_(base_TO)
-    tile = tile_for("grouped_expand", *out_TO.shape, padded_rank(problem.widest))
+    tile = tile_for("grouped_expand", *out_TO.shape, padded_rank(problem.widest), problem.x_TD.dtype)
     grouped_expand(
         S_TKP,
         chosen.weights_QTK[_router(chosen, projection)],
@@ -168,28 +172,28 @@ def _expand_one(
 
 def _expand_x(
     problem: Problem,
-    packed: Packed,
+    rows_ND: Tensor,
     dS: list[Tensor],
+    scores_TM: Tensor | None,
     chosen: Chosen,
     orders: list[Order],
-    extra: tuple[Tensor, Tensor] | None,
-    out_TO: Tensor,
-    **to,
+    out_TD: Tensor,
+    **to: Any,
 ) -> Tensor:
-    accumulate = to["base_TO"] is not None
-    tile = tile_for("grouped_expand", *out_TO.shape, padded_rank(problem.widest))
+    tile = tile_for("grouped_expand", *out_TD.shape, padded_rank(problem.widest), out_TD.dtype)
+    rows = problem.rows
     for projection, dS_TKP in enumerate(dS):
         order = orders[_router(chosen, projection)]
         grouped_expand(
             dS_TKP,
             None,
             None,
-            packed.A_PRD[projection],
-            out_TO,
+            rows_ND[projection * rows : (projection + 1) * rows],
+            out_TD,
             order,
             *_index(problem, projection),
-            accumulate=accumulate or projection > 0,
+            accumulate=to["base_TO"] is not None or projection > 0,
             tile=tile._replace(rows=order.rows),
-            extra=extra if projection == 0 else None,
+            extra=(scores_TM, rows_ND[len(dS) * rows :]) if scores_TM is not None and projection == 0 else None,
         )
-    return out_TO
+    return out_TD

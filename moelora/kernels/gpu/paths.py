@@ -16,11 +16,13 @@ def forward(problem: Problem, *, keeps: bool) -> tuple[list[Tensor], Chosen, Ten
     if path == "picked":
         outputs, chosen = picks.forward(problem)
         return outputs, chosen, problem.x_TD.new_empty(0)
-    outputs, chosen, S = (grouped if path == "sorted" else dense).forward(problem)
-    return outputs, chosen, S if keeps else problem.x_TD.new_empty(0)
+    outputs, chosen, S = (grouped if path == "sorted" else dense).forward(problem, keeps=keeps)
+    return outputs, chosen, problem.x_TD.new_empty(0) if S is None else S
 
 
-def backward(problem: Problem, chosen: Chosen, S: Tensor, grads: Any, given: Any, needs: dense.Needs) -> dense.Gradients:
+def backward(
+    problem: Problem, chosen: Chosen, S: Tensor, grads: Any, given: Any, needs: dense.Needs
+) -> dense.Gradients:
     """The gradients that are needed, by the path that the forward pass took."""
     path = grouped if _path(problem, keeps=True) == "sorted" else dense
     return path.backward(problem, chosen, S, grads, given, needs)

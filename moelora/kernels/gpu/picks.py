@@ -41,7 +41,7 @@ def forward(problem: Problem) -> tuple[list[Tensor], Chosen]:
             index.ranks_PE[projection],
             base_TO,
             out_TO,
-            tile_for("picked_expand", *out_TO.shape, problem.widest),
+            tile_for("picked_expand", *out_TO.shape, problem.widest, problem.x_TD.dtype),
         )
         outputs.append(out_TO)
     return outputs, chosen
@@ -60,7 +60,7 @@ def _shrink(problem: Problem) -> tuple[Chosen, list[Tensor]]:
     else:
         answers = []
         for gate_ED in problem.gates:
-            tile = tile_for("router_logits", *x_TD.shape, choice.num_experts)
+            tile = tile_for("router_logits", *x_TD.shape, choice.num_experts, problem.x_TD.dtype)
             parts_CTE = router_logits(x_TD, gate_ED, tile)
             answers.append(choose_experts(parts_CTE, choice.temperature, choice.top_k, choice.combine))
         chosen = Chosen(*(part[0][None] if len(answers) == 1 else torch.stack(part) for part in zip(*answers)))
@@ -69,7 +69,7 @@ def _shrink(problem: Problem) -> tuple[Chosen, list[Tensor]]:
     for projection, A_RD in enumerate(problem.A_list):
         router = projection if chosen.experts_QTK.shape[0] > 1 else 0
         starts_E, ranks_E = problem.index.starts_PE[projection], problem.index.ranks_PE[projection]
-        tile = tile_for("picked_shrink", *x_TD.shape, problem.widest)
+        tile = tile_for("picked_shrink", *x_TD.shape, problem.widest, problem.x_TD.dtype)
         ids_TK = chosen.experts_QTK[router]
         parts.append(picked_shrink(x_TD, A_RD, ids_TK, starts_E, ranks_E, problem.widest, tile))
     return chosen, parts

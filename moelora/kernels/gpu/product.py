@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moelora.kernels.gpu.dropout import keep
+from moelora.kernels.gpu.launch import cdiv, launch, power_of_two
 from moelora.kernels.gpu.precision import dot_precision
 from moelora.kernels.gpu.tile import Tile
 
@@ -46,36 +47,42 @@ def product(
         parts_STN = torch.empty(tile.split, tokens, total, dtype=torch.float32, device=x_TD.device)
     if not tokens or not total:
         return parts_STN
-    columns = max(16, min(tile.columns, triton.next_power_of_2(max(count, 1))))
-    blocks = max(1, triton.cdiv(count, columns))
-    step = triton.cdiv(triton.cdiv(width, tile.split), tile.inner) * tile.inner
-    _product[(triton.cdiv(tokens, tile.rows) * projections * blocks, tile.split)](
-        x_TD,
-        rows_PRD,
-        tails_QMD,
-        parts_STN,
-        seed,
-        tokens,
-        width,
-        count,
-        projections,
-        blocks,
-        step,
-        x_TD.stride(0),
-        parts_STN.stride(0),
-        parts_STN.stride(1),
-        dropout,
-        ROWS=tile.rows,
-        COLUMNS=columns,
-        INNER=tile.inner,
-        TAIL=tail,
-        SHARED=routers == 1,
-        HAS_ROWS=count > 0,
-        EVEN=step * tile.split == width,
-        DROPOUT=dropout > 0,
-        PRECISION=dot_precision(x_TD.dtype),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+    columns = max(16, min(tile.columns, power_of_two(max(count, 1))))
+    blocks = max(1, cdiv(count, columns))
+    step = cdiv(cdiv(width, tile.split), tile.inner) * tile.inner
+    launch(
+        _product,
+        (cdiv(tokens, tile.rows) * projections * blocks, tile.split),
+        (
+            x_TD,
+            rows_PRD,
+            tails_QMD,
+            parts_STN,
+            seed,
+            tokens,
+            width,
+            count,
+            projections,
+            blocks,
+            step,
+            x_TD.stride(0),
+            parts_STN.stride(0),
+            parts_STN.stride(1),
+            dropout,
+        ),
+        {
+            "ROWS": tile.rows,
+            "COLUMNS": columns,
+            "INNER": tile.inner,
+            "TAIL": tail,
+            "SHARED": routers == 1,
+            "HAS_ROWS": count > 0,
+            "EVEN": step * tile.split == width,
+            "DROPOUT": dropout > 0,
+            "PRECISION": dot_precision(x_TD.dtype),
+        },
+        warps=tile.warps,
+        stages=tile.stages,
     )
     return parts_STN
 

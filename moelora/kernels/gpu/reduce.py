@@ -8,6 +8,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from moelora.kernels.gpu.launch import cdiv, launch
+
 BLOCK = 1024
 
 
@@ -15,10 +17,8 @@ def sum_parts(parts_SRO: Float[Tensor, "S R O"], out_dtype: torch.dtype) -> Floa
     """The sum over S of fp32 parts, rounded once, in a tensor of its own. Each part is contiguous, like a slice."""
     out_RO = parts_SRO.new_empty(parts_SRO.shape[1:], dtype=out_dtype)
     if out_RO.numel():
-        blocks = triton.cdiv(out_RO.numel(), BLOCK)
-        _sum_parts[(blocks,)](
-            parts_SRO, out_RO, parts_SRO.shape[0], parts_SRO.stride(0), out_RO.numel(), BLOCK=BLOCK, num_warps=4
-        )
+        arguments = (parts_SRO, out_RO, parts_SRO.shape[0], parts_SRO.stride(0), out_RO.numel())
+        launch(_sum_parts, (cdiv(out_RO.numel(), BLOCK),), arguments, {"BLOCK": BLOCK}, warps=4, stages=2)
     return out_RO
 
 

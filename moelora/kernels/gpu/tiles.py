@@ -18,16 +18,15 @@ FOLDER = Path(__file__).parent / "tuned"
 DEFAULT = "default"
 
 
-def tile_for(kernel: str, tokens: int, width: int, count: int) -> Tile:
+def tile_for(kernel: str, tokens: int, width: int, count: int, dtype: torch.dtype) -> Tile:
     """The tile of a kernel for this many tokens, a wide axis of this length, and this many rank rows."""
-    return _nearest(kernel, _bucket(tokens), _bucket(width), _bucket(count), device_name())
+    tile = _nearest(kernel, _bucket(tokens), _bucket(width), _bucket(count), device_name())
+    return _for_fp32(tile) if dtype is torch.float32 else tile
 
 
 def pays_delta_first(tokens: int, in_features: int, out_features: int) -> bool:
     """Whether the mixture is to be written before the base's product accumulates onto it."""
-    rules = table(device_name())["delta_first"]
-    nearest = min(rules, key=lambda rule: _distance(rule["key"], (tokens, in_features, out_features)))
-    return nearest["pays"]
+    return _delta_first(_bucket(tokens), _bucket(in_features), _bucket(out_features), device_name())
 
 
 def rule(name: str) -> int:
@@ -55,6 +54,21 @@ def _nearest(kernel: str, tokens: int, width: int, count: int, name: str) -> Til
     entries = table(name)["tiles"][kernel]
     best = min(entries, key=lambda entry: _distance(entry["key"], (tokens, width, count)))
     return Tile(**best["tile"])
+
+
+@lru_cache(maxsize=4096)
+def _delta_first(tokens: int, in_features: int, out_features: int, name: str) -> bool:
+    rules = table(name)["delta_first"]
+    return min(rules, key=lambda rule: _distance(rule["key"], (tokens, in_features, out_features)))["pays"]
+
+
+@lru_cache
+def _for_fp32(tile: Tile) -> Tile:
+    """The tables are measured in bf16; numbers of twice the size, in products of three, leave room for half as many."""
+    if not tile.rows:
+        return tile
+    columns, inner = max(16, min(64, tile.columns)), max(16, min(32, tile.inner // 2))
+    return tile._replace(rows=min(64, tile.rows), columns=columns, inner=inner, stages=min(2, tile.stages))
 
 
 def _bucket(size: int) -> int:
