@@ -14,7 +14,7 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moelora.kernels.factors import Factors, index_rows
+from moelora.kernels.factors import Factors, index_kernels, index_rows
 
 
 class Expert(NamedTuple):
@@ -71,6 +71,9 @@ class ExpertBank(nn.Module):
     owner_R: Tensor
     rows_FP: Tensor
     fill_FP: Tensor
+    owner_1R: Tensor
+    starts_1E: Tensor
+    ranks_1E: Tensor
     A_frozen_RD: Tensor
     B_frozen_RO: Tensor
     bias_frozen_EO: Tensor | None
@@ -175,6 +178,11 @@ class ExpertBank(nn.Module):
         """Which experts have rows at this site."""
         return tuple(rank > 0 for rank in self.ranks)
 
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What two banks share whose rows stand in the same places and belong to the same experts."""
+        return self.ranks, self.scales, self.trainable
+
     def factors(self) -> Factors:
         """The stacked experts as the kernels read them."""
         # a frozen bank answers each decoded token alike; the check is for those who swap its buffers for others
@@ -189,6 +197,7 @@ class ExpertBank(nn.Module):
             self.rows_FP,
             self.fill_FP,
             self._biases_EO(),
+            (self.owner_1R, self.scale_E[None], self.starts_1E, self.ranks_1E),
         )
         if self.A_trainable_RD is None and factors.bias_EO is None:
             factors = self._known = factors._replace(
@@ -244,7 +253,8 @@ class ExpertBank(nn.Module):
         )
         device = self.A_frozen_RD.device
         tensors = index_rows(starts, self.ranks, self.scales)
-        names = ("scale_E", "owner_R", "rows_FP", "fill_FP")
+        tensors += index_kernels(starts, self.ranks)
+        names = ("scale_E", "owner_R", "rows_FP", "fill_FP", "owner_1R", "starts_1E", "ranks_1E")
         for name, tensor in zip(names, tensors, strict=True):
             self.register_buffer(name, tensor.to(device), persistent=False)
         order = [index for kind in (False, True) for index, is_kind in enumerate(self.trainable) if is_kind is kind]

@@ -51,7 +51,8 @@ class MoELoRAConfig:
         alpha: of fresh experts, whose scale is alpha / rank; None means alpha = 2 * rank.
         use_rslora: fresh experts take alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
         dropout: LoRA dropout of the experts' input in training.
-        backend: which implementation of the kernels runs: "auto", "reference", "dense" or "gathered".
+        backend: which implementation of the kernels runs: "auto", "reference", "dense",
+            "gathered" or "triton".
         seed: of the first weights of routers and fresh experts.
     """
 

@@ -2,13 +2,18 @@
 
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moelora.bank import ExpertBank
+from moelora.call_settings import FixedMixture
+from moelora.frozen_linear import frozen_linear
 from moelora.kernels.api import mix
+from moelora.kernels.fused import mix_fused, operators, runs
 from moelora.routers.base import AbstractRouter
 from moelora.routing import Routing
+from moelora.siblings import Siblings
 from moelora.tape import Tape
 
 
@@ -28,7 +33,10 @@ class MoELoRALinear(nn.Module):
         shared_router: True if other layers use the same router on the same input, which then decides once.
         reads_encoder: True for a projection of the encoder's states in a decoder.
         dropout: probability with which the experts (not the router) miss an input element in training.
-        backend: which implementation of the kernels runs; "auto" chooses by shapes.
+        backend: which implementation of the kernels runs; "auto" takes Triton on a GPU, and else chooses by shapes.
+
+    Attributes:
+        siblings: the layers that read the same input, this one among them, if there are any.
     """
 
     base: nn.Module
@@ -40,6 +48,7 @@ class MoELoRALinear(nn.Module):
     reads_encoder: bool
     dropout: float
     backend: str
+    siblings: Siblings | None
 
     def __init__(
         self,
@@ -59,47 +68,103 @@ class MoELoRALinear(nn.Module):
         self.tape, self.site = tape, site
         self.shared_router, self.reads_encoder = shared_router, reads_encoder
         self.dropout, self.backend = dropout, backend
+        self.siblings = None
+        operators()  # found now, not while a compiler looks on
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         # looked up once: a decode step comes through here hundreds of times, and does little else
         parts: dict[str, Any] = self._modules
         bank, router, tape = parts["bank"], parts["router"], self.tape
-        base, settings = parts["base"](x), tape.current
+        settings = tape.current
         if settings.disabled or not bank.total_rank:
-            return base
+            return parts["base"](x)
 
-        # who acts on which token
-        shape = x.shape
-        tape.leading = shape[:-1]
-        x_TD = x.reshape(-1, shape[-1])
-        if settings.fixed is not None:
-            routing, every_token, repeated = settings.fixed.routing(tape.leading, x.device, tape.batch), False, False
-        else:
-            routing, repeated = self._route(router, x, x_TD)
-            every_token = router.every_token
+        # add to the base what the experts know that act on each token
+        tape.leading = x.shape[:-1]
+        fixed, dtype = settings.fixed, arithmetic_dtype(x)
+        top_k = router.top_k if fixed is None else fixed.experts_NK.shape[1]
+        mix = self._mix_fused if runs(x, dtype, self.backend, top_k) else self._mix
+        mixed, routing, repeated = mix(x, fixed)
+
         if tape.collecting:
             tape.write(self.site, routing, reads_encoder=self.reads_encoder, repeated=repeated)
+        if tape.leaves:
+            mixed = tape.attach(self.site, mixed, routing)
+        return mixed
 
-        # add what they know
+    def _mix(self, x: Tensor, fixed: FixedMixture | None) -> tuple[Tensor, Routing, bool]:
+        """The output by torch, the routing, and whether another layer has that already."""
+        parts: dict[str, Any] = self._modules
+        base = parts["base"](x)
+        x_TD, base_TO = x.reshape(-1, x.shape[-1]), base.reshape(-1, base.shape[-1])
+        routing, repeated = self._route(x, x_TD, fixed)
         if self.dropout and self.training:
             x_TD = F.dropout(x_TD, self.dropout)
-        base_TO = base.reshape(-1, base.shape[-1])
-        mixed_TO = mix(base_TO, x_TD, bank.factors(), routing, every_token=every_token, backend=self.backend)
-        if tape.leaves:
-            mixed_TO = tape.attach(self.site, mixed_TO, routing)
-        return mixed_TO.reshape(base.shape)
+        every_token = fixed is None and parts["router"].every_token
+        factors = parts["bank"].factors()
+        mixed_TO = mix(base_TO, x_TD, factors, routing, every_token=every_token, backend=self.backend)
+        return mixed_TO.reshape(base.shape), routing, repeated
 
-    def _route(self, router: AbstractRouter, x: Tensor, x_TD: Tensor) -> tuple[Routing, bool]:
-        """The router's answer, and whether it has given it to another layer already."""
+    def _mix_fused(self, x: Tensor, fixed: FixedMixture | None) -> tuple[Tensor, Routing, bool]:
+        """The same by one operator, which also computes a plain base, and the layers that read the same input."""
+        handed = self.tape.take(self.site, x)
+        if handed is not None:
+            return handed
+        dtype, dropout = arithmetic_dtype(x), self.dropout if self.training else 0.0
+        x_TD = x.reshape(-1, x.shape[-1]).to(dtype)
+        gate = self.router.linear_gate() if fixed is None else None
+        known = self.tape.shared(id(self.router), x) if self.shared_router else None
+
+        # several layers at once
+        together = self.siblings.together(dtype) if self.siblings and gate is not None and known is None else None
+        if together is not None:
+            banks = [layer.bank.factors() for layer in together.layers]
+            outputs, routings = mix_fused(
+                x_TD, together.linears, banks, together.gates, every_token=True, dropout=dropout
+            )
+            for number, layer in enumerate(together.layers):
+                routing, repeated = (
+                    routings[number if len(routings) > 1 else 0],
+                    len(routings) == 1 and layer is not self,
+                )
+                output = outputs[number].view(*x.shape[:-1], -1)
+                self.tape.hand_on(layer.site, x, (output, routing, repeated))
+            handed = self.tape.take(self.site, x)
+            assert handed is not None
+            return handed
+
+        # this one alone; the base is only left to the operator where no row must be the base's own
+        every_token = fixed is None and self.router.every_token
+        base: Any = frozen_linear(self.base, dtype) if every_token else None
+        if base is None:
+            base = self.base(x)
+            base = base.reshape(-1, base.shape[-1])
+        if gate is not None and known is None:
+            routing, repeated, who = None, False, [gate]
+        else:
+            routing, repeated = self._route(x, x_TD, fixed)
+            who = routing
+        (mixed_TO,), (made,) = mix_fused(
+            x_TD, [base], [self.bank.factors()], who, every_token=every_token, dropout=dropout
+        )
+        if routing is None and self.shared_router:
+            self.tape.share(id(self.router), x, made)
+        return mixed_TO.view(*x.shape[:-1], -1), made, repeated
+
+    def _route(self, x: Tensor, x_TD: Tensor, fixed: FixedMixture | None) -> tuple[Routing, bool]:
+        """Who acts on which token, and whether the router has told another layer already."""
+        tape, router = self.tape, self._modules["router"]
+        if fixed is not None:
+            return fixed.routing(tape.leading, x.device, tape.batch), False
         # `forward` and not a module's call, whose checks for hooks take longer than a decode step's arithmetic
         if not self.shared_router:
-            return router.forward(x_TD, self.tape), False
-        routing = self.tape.shared(id(router), x)
+            return router.forward(x_TD, tape), False  # pyright: ignore[reportOptionalMemberAccess]
+        routing = tape.shared(id(router), x)
         if routing is not None:
             return routing, True
-        routing = router.forward(x_TD, self.tape)
-        self.tape.share(id(router), x, routing)
+        routing = router.forward(x_TD, tape)  # pyright: ignore[reportOptionalMemberAccess]
+        tape.share(id(router), x, routing)
         return routing, False
 
     # models look at the projection that they think they hold
@@ -125,3 +190,9 @@ class MoELoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"site={self.site!r}"
+
+
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """What a linear of this input computes in: its own dtype, or autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -19,6 +19,7 @@ from moelora.layer import MoELoRALinear
 from moelora.mixture import ATTRIBUTE, Mixture, find_mixture, is_patched
 from moelora.plan import Plan, base_dtype, make_plan
 from moelora.routers.base import AbstractRouter
+from moelora.siblings import Siblings
 from moelora.surgery import install, restore
 from moelora.tape import Tape
 
@@ -192,6 +193,10 @@ def build_layers(model: nn.Module, plan: Plan, tape: Tape) -> dict[str, MoELoRAL
             dropout=plan.config.dropout,
             backend=plan.config.backend,
         )
+    for group in set(group_of.values()):
+        siblings = Siblings([layers[path] for path in group if path in layers])
+        for layer in siblings.layers:
+            layer.siblings = siblings
     return layers
 
 

@@ -81,6 +81,7 @@ class Tape:
     _task: int = -1  # autograd's number of that pass
     _collecting: bool = False
     _shared: "dict[int, tuple[weakref.ref[Tensor], Routing]]" = field(default_factory=dict)
+    _handed: "dict[str, tuple[weakref.ref[Tensor], tuple[Tensor, Routing, bool]]]" = field(default_factory=dict)
     records: dict[str, list[Record]] = field(default_factory=dict)
     leaves: dict[str, list[tuple[int, Routing]]] = field(default_factory=dict)
 
@@ -102,6 +103,7 @@ class Tape:
             self._collecting = False
             self._backward.clear()
             self._shared.clear()
+            self._handed.clear()
             self.records.clear()
         self._frames.append(frame)
 
@@ -110,6 +112,7 @@ class Tape:
         self._frames.pop()
         if not self._frames:
             self._shared.clear()
+            self._handed.clear()
 
     def collect(self, wanted: bool) -> None:
         """Keep the routings of the running call for its losses, or do not."""
@@ -190,6 +193,15 @@ class Tape:
         be gone before the next call.
         """
         self._shared[key] = (weakref.ref(x), routing)
+
+    def hand_on(self, site: str, x: Tensor, made: tuple[Tensor, Routing, bool]) -> None:
+        """Keep what a layer has computed for another one of the same input: output, routing, whether it is repeated."""
+        self._handed[site] = (weakref.ref(x), made)
+
+    def take(self, site: str, x: Tensor) -> tuple[Tensor, Routing, bool] | None:
+        """What another layer has computed for this one from this very tensor. It is taken once."""
+        handed = self._handed.pop(site, None)
+        return handed[1] if handed is not None and handed[0]() is x else None
 
     def write(self, site: str, routing: Routing, *, reads_encoder: bool = False, repeated: bool = False) -> None:
         """Keep a site's routing for losses and recordings."""

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from moelora.kernels import reference, torch_paths
 from moelora.kernels.factors import Factors
+from moelora.kernels.fused import mix_fused, runs
 from moelora.routing import Routing
 
-BACKENDS = ("auto", "reference", "dense", "gathered")
+BACKENDS = ("auto", "reference", "dense", "gathered", "triton")
 
 
 def mix(
@@ -28,11 +29,15 @@ def mix(
         factors: all experts of the site.
         routing: which experts act on which token. Ids of one token must be distinct.
         every_token: the caller's promise that every token has an expert, which saves a pass over the output.
-        backend: "auto" chooses from shapes alone; any other of `BACKENDS` is what runs.
+        backend: "auto" chooses from the device and shapes alone; any other of `BACKENDS` is what runs.
 
     Raises:
         ValueError: for an unknown backend.
+        RuntimeError: if Triton was asked for where it cannot run.
     """
+    if runs(x_TD, x_TD.dtype, backend, routing.experts_TK.shape[1]):
+        (mixed_TO,), _ = mix_fused(x_TD, [base_TO], [factors], routing, every_token=every_token)
+        return mixed_TO
     if backend == "auto":
         if x_TD.shape[0] == 1 and is_decode_step(base_TO, x_TD, factors):
             return torch_paths.sliced(base_TO, x_TD, factors, routing)

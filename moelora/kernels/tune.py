@@ -1,6 +1,6 @@
-"""Measure which configuration of each kernel is fastest on this GPU, and write the table: `python -m moelora.kernels.tune`.
+"""Measure which configuration of each kernel is fastest on this GPU, and write the table.
 
-    python -m moelora.kernels.tune                      # all kernels, all sizes; writes moelora/kernels/gpu/tuned/<gpu>.json
+    python -m moelora.kernels.tune                      # all kernels, all sizes; writes the table of this GPU
     python -m moelora.kernels.tune --kernels expand gram --output table.json
 
 Every candidate is compiled first, in parallel processes; then the candidates of one size run in turns, and the median

@@ -6,26 +6,14 @@ A router is a subclass that implements `forward`, `keep_experts` and `add_expert
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moelora.kernels.gate import LinearGate
 from moelora.routing import Routing
 from moelora.tape import Tape
-
-Combine = Literal["renormalized", "softmax", "constant", "unit"]
-"""How the scores of the chosen experts become weights; `moelora.routers.learned` defines each."""
-
-
-class LinearGate(NamedTuple):
-    """A router that is a plain linear map, in a form that kernels can fold into their pass over x."""
-
-    weight_ED: Tensor
-    temperature: float
-    top_k: int
-    combine: Combine
 
 
 class AbstractRouter(nn.Module, ABC):
@@ -35,10 +23,12 @@ class AbstractRouter(nn.Module, ABC):
 
     Attributes:
         num_experts: how many experts there are, E.
+        top_k: how many experts act on a token at most, K.
         every_token: True if every token always gets an expert, so that layers need not look for tokens without one.
     """
 
     num_experts: int
+    top_k: int = 1
     every_token: bool = False
     available_E: Tensor
     all_available: bool

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moelora.routers.base import AbstractRouter, Combine, LinearGate
+from moelora.kernels.gate import Combine, LinearGate
+from moelora.routers.base import AbstractRouter
 from moelora.routing import Routing
 from moelora.tape import Tape
 

@@ -82,6 +82,8 @@ def finish_backward(
                 tokens,
                 count,
                 scales_PE.shape[1],
+                owners_PR.stride(0),
+                scales_PE.stride(0),
                 1.0 if choice is None else 1 / choice.temperature,
                 rank_TN.stride(0),
             ),
@@ -186,6 +188,8 @@ def _finish_backward(
     tokens,
     count,
     num_experts,
+    owner_stride,
+    scale_stride,
     logits_scale,
     rank_stride,
     ROWS: tl.constexpr,
@@ -223,8 +227,8 @@ def _finish_backward(
                 dsg += tl.load(parts_ptr + part * part_size + at, mask=mask, other=0.0)
             s = tl.load(s_ptr + at, mask=mask, other=0.0)
 
-            owner = tl.load(owner_ptr + projection * count + r, mask=is_row, other=-2)
-            scale = tl.load(scale_ptr + projection * num_experts + owner, mask=is_row, other=0.0)
+            owner = tl.load(owner_ptr + projection * owner_stride + r, mask=is_row, other=-2)
+            scale = tl.load(scale_ptr + projection * scale_stride + owner, mask=is_row, other=0.0)
             gate = gates(mine, my_weights, t, is_token, owner, scale, TOP_K)
             opened = gate != 0
             ds = tl.where(opened, dsg * gate, 0.0).to(rank_ptr.dtype.element_ty)

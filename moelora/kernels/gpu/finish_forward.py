@@ -62,7 +62,7 @@ def finish_forward(
         chosen: what acts. Where `choice` is given it is written here, else read.
         choice: how the routers choose.
         tail_scale: of their scores.
-        owner_PR, scale_PE: whose the rows are.
+        owner_PR, scale_PE: whose the rows are; one row for all projections may be spread with stride 0.
     """
     (split, tokens, total), (projections, count) = parts_STN.shape, owner_PR.shape
     routers, _, top_k = chosen.experts_QTK.shape
@@ -87,6 +87,8 @@ def finish_forward(
                 count,
                 projections,
                 scale_PE.shape[1],
+                owner_PR.stride(0),
+                scale_PE.stride(0),
                 1.0 if choice is None else tail_scale / choice.temperature,
             ),
             {
@@ -122,6 +124,8 @@ def _finish_forward(
     count,
     projections,
     num_experts,
+    owner_stride,
+    scale_stride,
     tail_scale,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -181,8 +185,8 @@ def _finish_forward(
             value += tl.load(at, mask=mask, other=0.0)
 
         # each row by its owner's weight; what is closed is zero, whatever it holds
-        owner = tl.load(owner_ptr + projection * count + r, mask=r < count, other=-2)
-        scale = tl.load(scale_ptr + projection * num_experts + owner, mask=r < count, other=0.0)
+        owner = tl.load(owner_ptr + projection * owner_stride + r, mask=r < count, other=-2)
+        scale = tl.load(scale_ptr + projection * scale_stride + owner, mask=r < count, other=0.0)
         gate = tl.zeros((ROWS, COLUMNS), tl.float32)
         for slot in tl.static_range(TOP_K):
             expert = tl.sum(tl.where(slots == slot, ids, 0), axis=1)

@@ -1,0 +1,58 @@
+"""Layers that read the same input, as q, k and v do, and run as one operator. Begin with Siblings."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, final
+
+import torch
+
+from moelora.frozen_linear import frozen_linear
+from moelora.kernels.fused import Linear
+from moelora.kernels.gate import LinearGate
+
+if TYPE_CHECKING:
+    from moelora.layer import MoELoRALinear
+
+MOST = 4
+"""Layers that run together; more would not fit the kernels' registers."""
+
+
+class Together(NamedTuple):
+    """What an operator for several layers needs to know of them."""
+
+    layers: "Sequence[MoELoRALinear]"
+    linears: list[Linear]
+    gates: list[LinearGate]
+
+
+@final
+class Siblings:
+    """The layers of one model that read the same input.
+
+    The first of them that is called computes the outputs of all and hands them on over the tape. That holds while all
+    are alike: plain frozen linears, linear routers of one kind, experts of the same ranks and scales. Each call looks
+    anew, since any of it may change.
+    """
+
+    def __init__(self, layers: "Sequence[MoELoRALinear]") -> None:
+        self.layers = tuple(layers)
+
+    def together(self, dtype: torch.dtype) -> Together | None:
+        """All of them, if they can run as one."""
+        layers, first = self.layers, self.layers[0]
+        if not 1 < len(layers) <= MOST:
+            return None
+        linears, gates = [], []
+        for layer in layers:
+            linear, gate = frozen_linear(layer.base, dtype), layer.router.linear_gate()
+            if linear is None or gate is None or (linear.bias_O is None) != (first.base.bias is None):
+                return None
+            alike = (layer.bank.layout, layer.backend, layer.dropout, layer.training, layer.shared_router, *gate[1:])
+            known = (first.bank.layout, first.backend, first.dropout, first.training, first.shared_router)
+            if alike != (*known, *(gates[0] if gates else gate)[1:]) or layer.router.num_experts != len(layer.bank):
+                return None
+            linears.append(linear)
+            gates.append(gate)
+        one_router = all(layer.router is first.router for layer in layers)
+        if first.shared_router != one_router:
+            return None
+        return Together(layers, linears, gates[:1] if one_router else gates)
