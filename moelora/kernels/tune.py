@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
+from triton.runtime.errors import OutOfResources
 
 from moelora.kernels.gpu.tile import Tile
 
@@ -71,7 +72,7 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
         "split": (1, 2, 4, 8),
         "stages": (2, 3),
     },
-    "gram": {"rows": (64, 128), "columns": (128,), "inner": (64, 128), "split": (2, 4, 8), "stages": (2, 3, 4)},
+    "gram": {"rows": (64, 128), "columns": (128,), "inner": (64, 128), "split": (1, 2, 4, 8), "stages": (3, 4)},
     "grouped_shrink": {"rows": (64, 128), "columns": (64,), "inner": (64, 128), "stages": (3, 4)},
     "grouped_expand": {"rows": (64, 128), "columns": (64, 128, 256), "inner": (64,), "stages": (2, 3)},
     "grouped_gram": {"rows": (64, 128), "columns": (64,), "inner": (32, 64), "split": (1, 2, 4), "stages": (3, 4)},
@@ -94,25 +95,24 @@ TOP_K = 2
 def candidates(case: Case) -> Iterator[Tile]:
     """The configurations that are tried for a case: those of its kernel's space that fit together."""
     space = SPACE[case.kernel]
+    if case.kernel == "expand":
+        yield Tile(rows=0)  # cuBLAS
     for values in combinations(*space.values()):
         tile = Tile(**dict(zip(space, values)))
         if "warps" not in space:
-            tile = tile._replace(warps=8 if tile.rows * tile.columns > 64 * 64 and tile.rows > 64 else 4)
-        if case.kernel in ("expand", "expand_add"):
-            # gating takes registers
-            tile = tile._replace(warps=8)
-            if tile.inner != min(128, case.count) and case.count <= 128:
-                continue
+            tile = tile._replace(warps=8 if tile.rows * tile.columns > 64 * 128 else 4)
+        if case.kernel in ("expand", "expand_add") and case.count <= 128 and tile.inner != 128:
+            continue
         if case.kernel == "router_logits" and (tile.rows == 4) != (case.tokens <= 4):
             continue
-        if case.kernel == "router_logits" and tile.rows * tile.columns * tile.inner > 32 * 16 * 64 and tile.rows > 4:
+        if case.kernel == "router_logits" and tile.rows > 4 and tile.columns * tile.inner > 16 * 128:
             continue
         yield tile
 
 
 def launcher(case: Case, device: str, dtype: torch.dtype = torch.bfloat16) -> Callable[[Tile], object]:
     """What runs the case's kernel with a configuration, on random data (or on shapes alone, on the device "meta")."""
-    from moelora.kernels.gpu.expand import Gate, expand
+    from moelora.kernels.gpu.expand import expand
     from moelora.kernels.gpu.gram import gram
     from moelora.kernels.gpu.picked import picked_expand, picked_shrink, router_logits
     from moelora.kernels.gpu.product import product
@@ -137,11 +137,8 @@ def launcher(case: Case, device: str, dtype: torch.dtype = torch.bfloat16) -> Ca
         return lambda tile: product(x, rows, tails, tile)
     if kernel in ("expand", "expand_add"):
         left, right = random(tokens, count), random(count, width)
-        owner = torch.arange(count, dtype=torch.int32, device=device) // (count // EXPERTS)
-        ids = torch.rand(tokens, EXPERTS, device=device).argsort(-1)[:, :TOP_K].contiguous()
-        gate = Gate(ids, weights, owner, scale) if count <= 128 else None
         out, base = torch.empty_like(x), x if kernel == "expand_add" else None
-        return lambda tile: expand(left, right, out, tile, base_TO=base, gate=gate)
+        return lambda tile: expand(left, right, out, tile, base_TO=base)
     if kernel == "gram":
         left, tail = random(tokens, count), random(tokens, 16) if count > 16 else None
         return lambda tile: gram(left, tail, x, tile)
@@ -200,19 +197,32 @@ def _compile(jobs: list[tuple[Case, Tile]]) -> None:
 
 
 def in_turns(runs: dict[Any, Callable[[], object]], rounds: int, calls: int) -> dict[Any, float]:
-    """Microseconds of each, the median over rounds in which each has its turn."""
-    times: dict[Any, list[float]] = {name: [] for name in runs}
+    """Microseconds of each, as CUDA graphs of several calls: the median over rounds in which each has its turn."""
+    graphs = {name: _graph(run, calls) for name, run in runs.items()}
+    times: dict[Any, list[float]] = {name: [] for name in graphs}
     for round_number in range(rounds + 1):
-        for name, run in runs.items():
+        for name, graph in graphs.items():
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            for _ in range(calls):
-                run()
+            graph.replay()
             stop.record()
             stop.synchronize()
             if round_number:
                 times[name].append(1000 * start.elapsed_time(stop) / calls)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _graph(run: Callable[[], object], calls: int) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    return graph
 
 
 def tune(case: Case, rounds: int) -> dict[str, Any]:
@@ -223,45 +233,41 @@ def tune(case: Case, rounds: int) -> dict[str, Any]:
         try:
             run(tile)
             runs[tile] = lambda tile=tile: run(tile)
-        except Exception as error:  # noqa: BLE001 - a configuration that does not fit the chip is no candidate
-            print(f"  {case}: {tile} is out: {type(error).__name__}")
-    torch.cuda.synchronize()
-    times = in_turns(runs, rounds, calls=20 if case.tokens <= 256 else 3)
+        except OutOfResources:
+            pass  # a configuration that does not fit the chip is no candidate
+    times = in_turns(runs, rounds, calls=20 if case.tokens <= 256 else 4)
     best = min(times, key=lambda tile: times[tile])
     ranking = sorted(times.values())
-    print(
-        f"{case.kernel:<15}{case[1:]!s:<20}{ranking[0]:8.1f} us, median {statistics.median(ranking):8.1f}  {best}",
-        flush=True,
-    )
+    figures = f"{ranking[0]:8.1f} us, median {statistics.median(ranking):8.1f}"
+    print(f"{case.kernel:<15}{case[1:]!s:<20}{figures}  {tuple(best)}", flush=True)
     return {"key": list(case[1:]), "tile": best._asdict(), "microseconds": round(ranking[0], 1)}
 
 
-def tune_delta_first(size: tuple[int, int, int], rounds: int, tiles: dict[str, Tile]) -> dict[str, Any]:
+def tune_delta_first(size: tuple[int, int, int], rounds: int) -> dict[str, Any]:
     """Whether writing the mixture first pays, for a linear of this size and 128 rank rows."""
     from moelora.kernels.gpu.expand import expand
+    from moelora.kernels.gpu.tiles import tile_for
 
     tokens, in_features, out_features = size
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
-    x, weight, left, right = (
-        random(tokens, in_features),
-        random(out_features, in_features),
-        random(tokens, 128),
-        random(128, out_features),
-    )
+    x, weight = random(tokens, in_features), random(out_features, in_features)
+    left, right = random(tokens, 128), random(128, out_features)
+    first_tile = tile_for("expand", tokens, out_features, 128, torch.bfloat16)
+    add_tile = tile_for("expand_add", tokens, out_features, 128, torch.bfloat16)
 
     def delta_first() -> None:
         out = x.new_empty(tokens, out_features)
-        expand(left, right, out, tiles["expand"])
+        expand(left, right, out, first_tile)
         out.addmm_(x, weight.t())
 
     def base_first() -> None:
         out = F.linear(x, weight)
-        expand(left, right, out, tiles["expand_add"], base_TO=out)
+        expand(left, right, out, add_tile, base_TO=out)
 
-    times = in_turns({"first": delta_first, "last": base_first, "base": lambda: F.linear(x, weight)}, rounds, 3)
+    times = in_turns({"first": delta_first, "last": base_first, "base": lambda: F.linear(x, weight)}, rounds, 4)
     print(f"delta first {size}: {times}", flush=True)
     return {"key": list(size), "pays": times["first"] < times["last"], **{k: round(v, 1) for k, v in times.items()}}
 
@@ -287,8 +293,7 @@ def main() -> None:
     for kernel in {case.kernel for case in cases}:
         table["tiles"][kernel] = [tune(case, options.rounds) for case in cases if case.kernel == kernel]
     if options.kernels is None or "expand" in options.kernels:
-        nearest = {kernel: Tile(**table["tiles"][kernel][0]["tile"]) for kernel in ("expand", "expand_add")}
-        table["delta_first"] = [tune_delta_first(size, 3 * options.rounds, nearest) for size in DELTA_FIRST]
+        table["delta_first"] = [tune_delta_first(size, 3 * options.rounds) for size in DELTA_FIRST]
     table["device"] = {"name": torch.cuda.get_device_name(), "torch": torch.__version__}
     output = options.output or tiles.FOLDER / f"{name}.json"
     output.write_text(json.dumps(table, indent=1) + "\n")

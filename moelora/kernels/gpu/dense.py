@@ -19,7 +19,8 @@ from moelora.kernels.gpu.pack import Packed, pack_backward, pack_forward, padded
 from moelora.kernels.gpu.problem import Problem
 from moelora.kernels.gpu.product import product
 from moelora.kernels.gpu.reduce import sum_parts
-from moelora.kernels.gpu.tiles import tile_for
+from moelora.kernels.gpu.side_stream import SideStream
+from moelora.kernels.gpu.tiles import rule, tile_for
 
 LARGEST_TAIL = 128
 """Rows of a router that still go along with those of A; more are a product of their own."""
@@ -114,13 +115,18 @@ def backward(
         parts_STN, S_TPR, chosen, problem.index.owner_PR, problem.index.scale_PE, choice, part_rows, given
     )
 
-    dB, dA, dgates, dx_TD = [], [], [], None
-    if needs.B:
-        dB = [_grad_B(problem, rank.gated_TPR, grads, projection) for projection in range(projections)]
-    if needs.A or needs.router:
-        dA, dgates = _grad_A(problem, rank.rank_TN, part_rows, needs)
+    # the factors' gradients read memory and little else, so they run beside the base's product
+    def of_factors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        wanted = range(projections if needs.B else 0)
+        dB = [_grad_B(problem, rank.gated_TPR, grads, projection) for projection in wanted]
+        return dB, *_grad_A(problem, rank.rank_TN, part_rows, needs)
+
+    beside = bool(problem.weights_OD) and needs.x and tokens >= rule("beside_tokens")
+    side, dx_TD = SideStream(x_TD.device, wanted=beside), None
+    dB, dA, dgates = side.run(of_factors)
     if needs.x:
         dx_TD = input_gradient(grads, problem.weights_OD, x_TD, partial(_expand_x, problem, rank.rank_TN, rows_ND))
+    side.join([*dB, *dA, *dgates])
     return Gradients(dx_TD, dA, dB, dgates, rank.dweights_QTK)
 
 
@@ -168,6 +174,8 @@ def _grad_B(problem: Problem, gated_TPR: Tensor, grads: list[Tensor | None], pro
 
 def _grad_A(problem: Problem, rank_TN: Tensor, part_rows: int, needs: Needs) -> tuple[list[Tensor], list[Tensor]]:
     """Of A and of the routers, in one pass over x."""
+    if not needs.A and not (needs.router and problem.gates):
+        return [], []
     x_TD, rows = problem.x_TD, problem.rows
     count = len(problem.A_list) * rows
     left_TN = rank_TN[:, : count if needs.A else 0]

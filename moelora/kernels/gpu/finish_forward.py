@@ -152,8 +152,8 @@ def _finish_forward(
         m = tl.arange(0, TAIL)
         scores = tl.zeros((ROWS, TAIL), tl.float32)
         for part in range(SPLIT):
-            at = parts_at + part * part_size + projections * count + router * TAIL + m[None, :]
-            scores += tl.load(at, mask=is_token[:, None], other=0.0)
+            scores_at = parts_at + part * part_size + projections * count + router * TAIL + m[None, :]
+            scores += tl.load(scores_at, mask=is_token[:, None], other=0.0)
         logits = tl.sum(tl.reshape(scores, (ROWS, PARTS, TAIL // PARTS)), axis=1) * tail_scale
         ids, weights = choose(logits, num_experts, TAIL // PARTS, TOP_K, COMBINE)
         if (not SHARED) or projection == 0:
@@ -171,18 +171,18 @@ def _finish_forward(
                 TOP_K,
             )
     else:
-        at = (mine + t)[:, None] * TOP_K + slots
+        slots_at = (mine + t)[:, None] * TOP_K + slots
         there = is_token[:, None] & (slots < TOP_K)
-        ids = tl.load(experts_ptr + at, mask=there, other=-1).to(tl.int32)
-        weights = tl.load(weights_ptr + at, mask=there, other=0.0)
+        ids = tl.load(experts_ptr + slots_at, mask=there, other=-1).to(tl.int32)
+        weights = tl.load(weights_ptr + slots_at, mask=there, other=0.0)
 
     for block in tl.static_range(BLOCKS):
         r = block * COLUMNS + tl.arange(0, COLUMNS)
         mask = is_token[:, None] & (r < count)[None, :]
         value = tl.zeros((ROWS, COLUMNS), tl.float32)
         for part in range(SPLIT):
-            at = parts_at + part * part_size + projection * count + r[None, :]
-            value += tl.load(at, mask=mask, other=0.0)
+            values_at = parts_at + part * part_size + projection * count + r[None, :]
+            value += tl.load(values_at, mask=mask, other=0.0)
 
         # each row by its owner's weight; what is closed is zero, whatever it holds
         owner = tl.load(owner_ptr + projection * owner_stride + r, mask=r < count, other=-2)

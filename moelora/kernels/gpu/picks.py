@@ -4,8 +4,6 @@ Its cost depends neither on the number of experts nor on what else there is, but
 CUDA graph is captured, what comes before the expand runs on a second stream beside the base's product.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,16 +13,19 @@ from moelora.kernels.gpu.dense import given_choice
 from moelora.kernels.gpu.finish_forward import Chosen
 from moelora.kernels.gpu.picked import picked_expand, picked_shrink, router_logits
 from moelora.kernels.gpu.problem import Problem
+from moelora.kernels.gpu.side_stream import SideStream
 from moelora.kernels.gpu.tiles import tile_for
 
 
 def forward(problem: Problem) -> tuple[list[Tensor], Chosen]:
     """The outputs and what acts."""
-    side = _SideStream(problem.x_TD.device)
+    # outside of a graph, launching takes longer than what is launched, and a second stream would only add to it
+    device = problem.x_TD.device
+    side = SideStream(device, wanted=device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     chosen, parts = side.run(lambda: _shrink(problem))
     in_place = not problem.bases
     bases = problem.bases or _bases(problem)
-    side.join()
+    side.join([*parts, *(chosen if problem.gates else ())])
 
     outputs = []
     for projection, base_TO in enumerate(bases):
@@ -73,27 +74,3 @@ def _shrink(problem: Problem) -> tuple[Chosen, list[Tensor]]:
         ids_TK = chosen.experts_QTK[router]
         parts.append(picked_shrink(x_TD, A_RD, ids_TK, starts_E, ranks_E, problem.widest, tile))
     return chosen, parts
-
-
-class _SideStream:
-    """Runs work beside the current stream while a graph is captured, and in it otherwise.
-
-    Outside of a graph, launching takes longer than what is launched, and a second stream would only add to it.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.main = self.side = None
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self.main = torch.cuda.current_stream(device)
-            self.side = torch.cuda.Stream(device)
-            self.side.wait_stream(self.main)
-
-    def run(self, work: Callable[[], tuple[Chosen, list[Tensor]]]) -> tuple[Chosen, list[Tensor]]:
-        if self.side is None:
-            return work()
-        with torch.cuda.stream(self.side):
-            return work()
-
-    def join(self) -> None:
-        if self.main is not None and self.side is not None:
-            self.main.wait_stream(self.side)
