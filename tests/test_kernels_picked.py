@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from moelora.kernels import reference
 from moelora.kernels.factors import Factors, index_rows
-from moelora.kernels.gpu.choose import choose_experts, store_choice
+from moelora.kernels.gpu.choose import choose, choose_experts, store_choice
 from moelora.kernels.gpu.picked import picked_expand, picked_shrink, router_logits
 from moelora.kernels.gpu.tile import Tile
 from moelora.routing import NO_EXPERT, Routing, active_tokens
@@ -298,7 +298,8 @@ def test_ids_are_distinct_and_in_range_whatever_the_scores_are():
 def _choose_in_a_tile(logits_ptr, experts_ptr, weights_ptr, scores_ptr, T, E, ROWS: tl.constexpr, E_PAD: tl.constexpr):
     rows, columns = tl.arange(0, ROWS), tl.arange(0, E_PAD)
     logits = tl.load(logits_ptr + rows[:, None] * E_PAD + columns[None, :])
-    store_choice(logits, rows, rows < T, experts_ptr, weights_ptr, scores_ptr, E, E_PAD, 2, "softmax")
+    ids, weights = choose(logits, E, E_PAD, 2, "softmax")
+    store_choice(ids, weights, logits, rows, rows < T, experts_ptr, weights_ptr, scores_ptr, E, E_PAD, 2)
 
 
 def test_other_kernels_choose_from_tiles_with_rubbish_beyond_the_experts():

@@ -23,7 +23,7 @@ class Factors(NamedTuple):
             largest rank P.
         fill_FP: fp32, the expert's scale where `rows_FP` is a row of its own, 0 where it is filled up.
         bias_EO: an output bias of each expert, scaled and weighted as its rows are; None where no expert has one.
-        index: the same for the Triton kernels, with an axis for the projections of one input, of length 1: int32 owner
+        owners: the same for the Triton kernels, with an axis for the projections of one input, of length 1: int32 owner
             of each row (1, R), fp32 scales, int32 first rows and ranks of the experts (1, E).
         slices: each expert's own rows once more, those of A transposed (D, R), and its scale as a Python number; empty
             where making them would cost more than it saves, as for rows that are trained.
@@ -36,7 +36,7 @@ class Factors(NamedTuple):
     rows_FP: Int[Tensor, "F P"]
     fill_FP: Float[Tensor, "F P"]
     bias_EO: Float[Tensor, "E O"] | None = None
-    index: tuple[Tensor, ...] = ()
+    owners: tuple[Tensor, ...] = ()
     slices: tuple[tuple[Tensor, Tensor, float], ...] = ()
 
 
@@ -66,7 +66,7 @@ def index_rows(
 
 @lru_cache(maxsize=64)
 def index_kernels(starts: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The int32 tensors of `Factors.index`: owner, first row and rank, each as one row."""
+    """The int32 tensors of `Factors.owners`: owner, first row and rank, each as one row."""
     owner_R = torch.zeros(sum(ranks), dtype=torch.int32)
     for expert, (start, rank) in enumerate(zip(starts, ranks, strict=True)):
         owner_R[start : start + rank] = expert

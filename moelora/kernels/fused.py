@@ -89,7 +89,7 @@ def mix_fused(
     else:
         gates, given = [gate.weight_ED for gate in routing], []
         _, temperature, top_k, combine = routing[0]
-    index = first.index if projections == 1 else [part.expand(projections, -1) for part in first.index]
+    owners = first.owners if projections == 1 else [part.expand(projections, -1) for part in first.owners]
     lists = ops.Lists(
         x_TD,
         outputs,
@@ -99,7 +99,7 @@ def mix_fused(
         given,
         [linear.weight_OD for linear in linears],
         [linear.bias_O for linear in linears if linear.bias_O is not None],
-        list(index),
+        list(owners),
         [torch.randint(2**31, (1,), device=x_TD.device)] if dropout else [],
     )
     settings = ops.Settings(

@@ -30,7 +30,7 @@ class Case(NamedTuple):
     kernel: str
     tokens: int
     width: int
-    count: int
+    rows: int
 
 
 LARGE = [(8192, 4096), (8192, 1024), (4096, 2048), (1024, 4096)]
@@ -101,7 +101,7 @@ def candidates(case: Case) -> Iterator[Tile]:
         tile = Tile(**dict(zip(space, values)))
         if "warps" not in space:
             tile = tile._replace(warps=8 if tile.rows * tile.columns > 64 * 128 else 4)
-        if case.kernel in ("expand", "expand_add") and case.count <= 128 and tile.inner != 128:
+        if case.kernel in ("expand", "expand_add") and case.rows <= 128 and tile.inner != 128:
             continue
         if case.kernel == "router_logits" and (tile.rows == 4) != (case.tokens <= 4):
             continue
@@ -165,11 +165,11 @@ def _grouped(case: Case, x, factors, ids, weights, scale, starts, ranks) -> Call
     from moelora.kernels.gpu.grouped_shrink import grouped_shrink, padded_rank
     from moelora.kernels.gpu.order import sort_by_expert
 
-    s = torch.randn(case.tokens, TOP_K, padded_rank(case.count), dtype=x.dtype, device=x.device)
+    s = torch.randn(case.tokens, TOP_K, padded_rank(case.rows), dtype=x.dtype, device=x.device)
     out = torch.empty_like(x)
     orders = {rows: sort_by_expert(ids, None, EXPERTS, rows) for rows in (64, 128)}
     if case.kernel == "grouped_shrink":
-        return lambda tile: grouped_shrink(x, factors, orders[tile.rows], starts, ranks, case.count, tile)
+        return lambda tile: grouped_shrink(x, factors, orders[tile.rows], starts, ranks, case.rows, tile)
     if case.kernel == "grouped_expand":
         return lambda tile: grouped_expand(
             s, weights, scale, factors, out, orders[tile.rows], starts, ranks, accumulate=False, tile=tile
@@ -255,8 +255,8 @@ def tune_delta_first(size: tuple[int, int, int], rounds: int) -> dict[str, Any]:
 
     x, weight = random(tokens, in_features), random(out_features, in_features)
     left, right = random(tokens, 128), random(128, out_features)
-    first_tile = tile_for("expand", tokens, out_features, 128, torch.bfloat16)
-    add_tile = tile_for("expand_add", tokens, out_features, 128, torch.bfloat16)
+    first_tile = tile_for("expand", (tokens, out_features), 128, torch.bfloat16)
+    add_tile = tile_for("expand_add", (tokens, out_features), 128, torch.bfloat16)
 
     def delta_first() -> None:
         out = x.new_empty(tokens, out_features)

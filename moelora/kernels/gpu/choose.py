@@ -12,6 +12,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moelora.kernels.gpu.launch import cdiv, launch, power_of_two
+
 
 @triton.jit
 @no_type_check
@@ -99,23 +101,23 @@ def choose_experts(
         return experts_TK, weights_TK, logits_TE
 
     # few tokens: a program for each, but for tiny tiles, which would leave lanes of its warp idle
-    E_PAD = max(16, triton.next_power_of_2(E))
+    E_PAD = max(16, power_of_two(E))
     ROWS = max(1, 128 // E_PAD)
-    _choose_experts[(triton.cdiv(T, ROWS),)](
-        parts_CTE,
-        experts_TK,
-        weights_TK,
-        logits_TE,
-        temperature,
-        T,
-        E,
-        SPLIT=splits,
-        ROWS=ROWS,
-        E_PAD=E_PAD,
-        TOP_K=top_k,
-        COMBINE=combine,
-        # a warp alone reduces without a barrier
-        num_warps=1 if E_PAD <= 256 else 4,
+    launch(
+        _choose_experts,
+        (cdiv(T, ROWS),),
+        (
+            parts_CTE,
+            experts_TK,
+            weights_TK,
+            logits_TE,
+            temperature,
+            T,
+            E,
+        ),
+        {"SPLIT": splits, "ROWS": ROWS, "E_PAD": E_PAD, "TOP_K": top_k, "COMBINE": combine},
+        warps=1 if E_PAD <= 256 else 4,
+        stages=3,
     )
     return experts_TK, weights_TK, logits_TE
 

@@ -47,12 +47,12 @@ class Gradients(NamedTuple):
 
 def forward(problem: Problem, *, keeps: bool) -> tuple[list[Tensor], Chosen, Tensor | None]:
     """The outputs, what acts, and S_TPR, the values of the rank rows before the gate (None unless `keeps`)."""
-    x_TD, choice, index = problem.x_TD, problem.choice, problem.index
+    x_TD, choice, owners = problem.x_TD, problem.choice, problem.owners
     packed = pack_forward(problem.A_list, problem.B_list, problem.gates, x_TD.dtype)
     (tokens, width), (projections, rows, _) = x_TD.shape, packed.A_PRD.shape
-    tile = tile_for("shrink", tokens, width, projections * rows, x_TD.dtype)
+    tile = tile_for("shrink", x_TD.shape, projections * rows, x_TD.dtype)
 
-    # who acts: given, chosen by a pass over x of their own if there are many, or by that which the rank rows need anyway
+    # who acts: given, or chosen by the pass over x that the rank rows need, or by one of its own where experts are many
     tails_QMD = packed.tails_QMD
     if choice is None:
         chosen = given_choice(problem)
@@ -62,7 +62,7 @@ def forward(problem: Problem, *, keeps: bool) -> tuple[list[Tensor], Chosen, Ten
         chosen = new_chosen(choice, len(problem.gates), tokens, x_TD.device)
     parts_STN = product(x_TD, packed.A_PRD, tails_QMD, tile, dropout=problem.dropout, seed=problem.seed)
     S_TPR, gated_TPR = finish_forward(
-        parts_STN, chosen, choice, packed.tail_scale, index.owner_PR, index.scale_PE, x_TD.dtype, keeps=keeps
+        parts_STN, chosen, choice, packed.tail_scale, owners.owner_PR, owners.scale_PE, x_TD.dtype, keeps=keeps
     )
 
     outputs = []
@@ -75,15 +75,15 @@ def forward(problem: Problem, *, keeps: bool) -> tuple[list[Tensor], Chosen, Ten
 
 def choose_alone(problem: Problem, packed: Packed) -> Chosen:
     """What the routers choose, in a pass over x of their own."""
-    x_TD, tails_QMD, choice, index = problem.x_TD, packed.tails_QMD, problem.choice, problem.index
+    x_TD, tails_QMD, choice, owners = problem.x_TD, packed.tails_QMD, problem.choice, problem.owners
     assert tails_QMD is not None
     assert choice is not None
     (tokens, width), routers = x_TD.shape, len(problem.gates)
     rows_1ND = tails_QMD.reshape(1, -1, width)
-    parts_STN = product(x_TD, rows_1ND, None, tile_for("shrink", tokens, width, rows_1ND.shape[1], x_TD.dtype))
+    parts_STN = product(x_TD, rows_1ND, None, tile_for("shrink", x_TD.shape, rows_1ND.shape[1], x_TD.dtype))
     chosen = new_chosen(choice, routers, tokens, x_TD.device)
-    no_rows = index.owner_PR[:, :0]
-    finish_forward(parts_STN, chosen, choice, packed.tail_scale, no_rows, index.scale_PE, x_TD.dtype, keeps=False)
+    no_rows = owners.owner_PR[:, :0]
+    finish_forward(parts_STN, chosen, choice, packed.tail_scale, no_rows, owners.scale_PE, x_TD.dtype, keeps=False)
     return chosen
 
 
@@ -103,7 +103,7 @@ def backward(
     rows_ND, B_list = pack_backward(problem.A_list, problem.B_list, problem.gates, columns, dtype)
 
     # dY @ B.T of each projection, side by side
-    tile = tile_for("shrink", tokens, problem.out_width(0), rows, dtype)
+    tile = tile_for("shrink", (tokens, problem.out_width(0)), rows, dtype)
     parts_STN = torch.empty(tile.split, tokens, projections * rows, dtype=torch.float32, device=x_TD.device)
     for projection, grad_TO in enumerate(grads):
         mine_STR = parts_STN[:, :, projection * rows : (projection + 1) * rows]
@@ -112,7 +112,7 @@ def backward(
         else:
             product(grad_TO, B_list[projection][None], None, tile, out_STN=mine_STR)
     rank = finish_backward(
-        parts_STN, S_TPR, chosen, problem.index.owner_PR, problem.index.scale_PE, choice, part_rows, given
+        parts_STN, S_TPR, chosen, problem.owners.owner_PR, problem.owners.scale_PE, choice, part_rows, given
     )
 
     # the factors' gradients read memory and little else, so they run beside the base's product
@@ -150,7 +150,7 @@ def given_choice(problem: Problem) -> Chosen:
 def _expand(left_TR: Tensor, right_RO: Tensor, out_TO: Tensor, **to: Any) -> Tensor:
     """`expand` with its tile; an addition reads what it adds to, and has a tile of its own."""
     kernel = "expand" if to["base_TO"] is None else "expand_add"
-    return expand(left_TR, right_RO, out_TO, tile_for(kernel, *out_TO.shape, left_TR.shape[1], left_TR.dtype), **to)
+    return expand(left_TR, right_RO, out_TO, tile_for(kernel, out_TO.shape, left_TR.shape[1], left_TR.dtype), **to)
 
 
 def _expand_x(problem: Problem, rank_TN: Tensor, rows_ND: Tensor, out_TD: Tensor, **to: Any) -> Tensor:
@@ -168,7 +168,7 @@ def _grad_B(problem: Problem, gated_TPR: Tensor, grads: list[Tensor | None], pro
     B_RO, grad_TO = problem.B_list[projection], grads[projection]
     if grad_TO is None:
         return torch.zeros_like(B_RO)
-    tile = tile_for("gram", *grad_TO.shape, B_RO.shape[0], grad_TO.dtype)
+    tile = tile_for("gram", grad_TO.shape, B_RO.shape[0], grad_TO.dtype)
     return sum_parts(gram(gated_TPR[:, projection], None, grad_TO, tile), B_RO.dtype)
 
 
@@ -180,7 +180,7 @@ def _grad_A(problem: Problem, rank_TN: Tensor, part_rows: int, needs: Needs) -> 
     count = len(problem.A_list) * rows
     left_TN = rank_TN[:, : count if needs.A else 0]
     tail_TM = rank_TN[:, count:] if needs.router and problem.gates else None
-    run = partial(gram, wide_TO=x_TD, tile=tile_for("gram", *x_TD.shape, left_TN.shape[1] or 16, x_TD.dtype))
+    run = partial(gram, wide_TO=x_TD, tile=tile_for("gram", x_TD.shape, left_TN.shape[1] or 16, x_TD.dtype))
     if tail_TM is not None and tail_TM.shape[1] > LARGEST_TAIL:
         tail_SMD = run(tail_TM, None)
         parts_SND = run(left_TN, None, dropout=problem.dropout, seed=problem.seed)

@@ -15,7 +15,7 @@ from moelora.kernels.gpu.dropout import keep
 from moelora.kernels.gpu.gate import acts
 from moelora.kernels.gpu.launch import cdiv, launch, power_of_two
 from moelora.kernels.gpu.precision import dot_precision
-from moelora.kernels.gpu.tile import Tile
+from moelora.kernels.gpu.tile import Tile, fitted
 
 
 def expand(
@@ -46,8 +46,14 @@ def expand(
         return torch.mm(left_TR, right_RO, out=out_TO)
     if not tile.rows:
         tile = Tile(rows=128, columns=128, inner=64, split=4, warps=8, stages=2)
+    if dropout:
+        # the counters' arithmetic takes the registers of half a tile
+        tile = tile._replace(rows=64, columns=min(64, tile.columns), warps=8)
     inner = max(16, min(tile.inner, power_of_two(count)))
     columns = min(tile.columns, max(16, power_of_two(width)))
+    blocks = cdiv(count, inner)
+    rows_too = (inner * tile.rows, 0) if blocks > 1 else (0, inner * tile.rows)
+    tile = fitted(tile, inner * columns + rows_too[0], rows_too[1], left_TR.element_size())
     tiles = cdiv(width, columns)
     split = min(tile.split, tiles)
     base = out_TO if base_TO is None else base_TO
@@ -79,7 +85,7 @@ def expand(
             "ROWS": tile.rows,
             "COLUMNS": columns,
             "INNER": inner,
-            "BLOCKS": cdiv(count, inner),
+            "BLOCKS": blocks,
             "EVEN": width % columns == 0 and tiles % split == 0 and count % inner == 0,
             "TOP_K": 0 if idle is None else idle[0].shape[1],
             "ADD": base_TO is not None,

@@ -1,7 +1,7 @@
 """What follows the products of the backward pass, all in rank space. Begin with finish_backward.
 
-With dSg = dY @ B.T, the gradient of the gated values: dS = dSg * gate; an expert's weight gets scale * sum over its rows
-of S * dSg, and through the router's choice the scores get theirs.
+With dSg = dY @ B.T, the gradient of the gated values: dS = dSg * gate; an expert's weight gets scale times the sum over
+its rows of S * dSg, and through the router's choice the scores get theirs.
 """
 
 from typing import NamedTuple, no_type_check

@@ -22,7 +22,8 @@ from moelora.kernels.gpu.order import Order, sort_by_expert
 from moelora.kernels.gpu.pack import Packed, pack_backward, pack_forward, padded
 from moelora.kernels.gpu.problem import Problem
 from moelora.kernels.gpu.reduce import sum_parts
-from moelora.kernels.gpu.tiles import tile_for
+from moelora.kernels.gpu.side_stream import SideStream
+from moelora.kernels.gpu.tiles import rule, tile_for
 
 
 def kept_shape(tokens: int, top_k: int, widest: int) -> tuple[int, int, int]:
@@ -35,7 +36,7 @@ def forward(problem: Problem, *, keeps: bool) -> tuple[list[Tensor], Chosen, Ten
     packed = pack_forward(problem.A_list, problem.B_list, problem.gates, problem.x_TD.dtype)
     chosen = choose_alone(problem, packed) if problem.gates else given_choice(problem)
     orders = _orders(problem, chosen)
-    tile = tile_for("grouped_shrink", *problem.x_TD.shape, padded_rank(problem.widest), problem.x_TD.dtype)
+    tile = tile_for("grouped_shrink", problem.x_TD.shape, padded_rank(problem.widest), problem.x_TD.dtype)
 
     outputs, kept = [], []
     for projection in range(len(problem.A_list)):
@@ -66,55 +67,89 @@ def backward(
     P = padded_rank(problem.widest)
 
     # in rank space, projection by projection
-    dA, dB, dS = [], [], []
+    dS = []
     dweights_QTK = torch.zeros_like(chosen.weights_QTK) if given[0] is None else given[0].clone()
     for projection, grad_TO in enumerate(grads):
         router = _router(chosen, projection)
-        order, index, S_TKP = orders[router], _index(problem, projection), S_PTKP[projection]
-        weights_TK, scale_E = chosen.weights_QTK[router], problem.index.scale_PE[projection]
-        A_RD, B_RO = problem.A_list[projection], problem.B_list[projection]
+        order, S_TKP = orders[router], S_PTKP[projection]
         if grad_TO is None:
             dS.append(torch.zeros_like(S_TKP))
-            dA += [torch.zeros_like(A_RD)] if needs.A else []
-            dB += [torch.zeros_like(B_RO)] if needs.B else []
             continue
-        tile = tile_for("grouped_shrink", *grad_TO.shape, P, dtype)._replace(rows=order.rows)
         dS_TKP, dweights_TK = grouped_shrink_backward(
-            grad_TO, B_list[projection], S_TKP, weights_TK, scale_E, order, *index, tile
+            grad_TO,
+            B_list[projection],
+            S_TKP,
+            chosen.weights_QTK[router],
+            problem.owners.scale_PE[projection],
+            order,
+            *_index(problem, projection),
+            tile_for("grouped_shrink", grad_TO.shape, P, dtype)._replace(rows=order.rows),
         )
         dweights_QTK[router] += dweights_TK
         dS.append(dS_TKP)
-        if needs.B:
-            tile = tile_for("grouped_gram", *grad_TO.shape, P, dtype)
-            dB_RO = grouped_gram(S_TKP, weights_TK, scale_E, grad_TO, order, *index, problem.rows, tile)
-            dB.append(dB_RO.to(B_RO.dtype))
-        if needs.A:
-            tile = tile_for("grouped_gram", *x_TD.shape, P, dtype)
-            dA_RD = grouped_gram(dS_TKP, None, None, x_TD, order, *index, problem.rows, tile)
-            dA.append(dA_RD.to(A_RD.dtype))
 
     # through the routers' choice to their scores
-    scores_TM, dgates = None, []
+    scores_TM = None
     if problem.choice is not None:
         scores_TM = _through_choice(problem, chosen, dweights_QTK, given[1], part_rows)
-        if needs.router:
-            parts_SMD = gram(scores_TM, None, x_TD, tile_for("gram", *x_TD.shape, columns, dtype))
-            for router, gate_ED in enumerate(problem.gates):
-                first = router * part_rows
-                dgates.append(sum_parts(parts_SMD[:, first : first + gate_ED.shape[0]], gate_ED.dtype))
 
-    dx_TD = None
+    # the factors' gradients read memory and little else, so they run beside the base's product
+    def of_factors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        every = range(len(grads))
+        dB = [_grad_B(problem, chosen, orders, S_PTKP, grads, each) for each in every] if needs.B else []
+        dA = [_grad_A(problem, chosen, orders, dS, grads, each) for each in every] if needs.A else []
+        if scores_TM is None or not needs.router:
+            return dB, dA, []
+        return dB, dA, _grad_gates(problem, scores_TM, part_rows)
+
+    beside = bool(problem.weights_OD) and needs.x and x_TD.shape[0] >= rule("beside_tokens")
+    side, dx_TD = SideStream(x_TD.device, wanted=beside), None
+    dB, dA, dgates = side.run(of_factors)
     if needs.x:
         add = partial(_expand_x, problem, rows_ND, dS, scores_TM, chosen, orders)
         dx_TD = input_gradient(grads, problem.weights_OD, x_TD, add)
+    side.join([*dB, *dA, *dgates])
     return Gradients(dx_TD, dA, dB, dgates, None if problem.gates else dweights_QTK)
+
+
+def _grad_B(
+    problem: Problem, chosen: Chosen, orders: list[Order], S_PTKP: Tensor, grads: Any, projection: int
+) -> Tensor:
+    B_RO, grad_TO, router = problem.B_list[projection], grads[projection], _router(chosen, projection)
+    if grad_TO is None:
+        return torch.zeros_like(B_RO)
+    tile = tile_for("grouped_gram", grad_TO.shape, padded_rank(problem.widest), grad_TO.dtype)
+    gate = (chosen.weights_QTK[router], problem.owners.scale_PE[projection])
+    index = _index(problem, projection)
+    return grouped_gram(S_PTKP[projection], *gate, grad_TO, orders[router], *index, problem.rows, tile).to(B_RO.dtype)
+
+
+def _grad_A(
+    problem: Problem, chosen: Chosen, orders: list[Order], dS: list[Tensor], grads: Any, projection: int
+) -> Tensor:
+    A_RD, x_TD, order = problem.A_list[projection], problem.x_TD, orders[_router(chosen, projection)]
+    if grads[projection] is None:
+        return torch.zeros_like(A_RD)
+    tile = tile_for("grouped_gram", x_TD.shape, padded_rank(problem.widest), x_TD.dtype)
+    index = _index(problem, projection)
+    return grouped_gram(dS[projection], None, None, x_TD, order, *index, problem.rows, tile).to(A_RD.dtype)
+
+
+def _grad_gates(problem: Problem, scores_TM: Tensor, part_rows: int) -> list[Tensor]:
+    x_TD = problem.x_TD
+    parts_SMD = gram(scores_TM, None, x_TD, tile_for("gram", x_TD.shape, scores_TM.shape[1], x_TD.dtype))
+    firsts = range(0, len(problem.gates) * part_rows, part_rows)
+    return [
+        sum_parts(parts_SMD[:, first : first + gate_ED.shape[0]], gate_ED.dtype)
+        for first, gate_ED in zip(firsts, problem.gates, strict=True)
+    ]
 
 
 def _through_choice(
     problem: Problem, chosen: Chosen, dweights_QTK: Tensor, grad_logits: Tensor | None, part_rows: int
 ) -> Tensor:
     """The scores' gradient, from that of the weights: what `finish_backward` does where there are no rank rows."""
-    x_TD, routers, index = problem.x_TD, len(problem.gates), problem.index
+    x_TD, routers, index = problem.x_TD, len(problem.gates), problem.owners
     no_parts, no_values = x_TD.new_empty(1, x_TD.shape[0], 0), x_TD.new_empty(x_TD.shape[0], routers, 0)
     given = (dweights_QTK, grad_logits)
     rank = finish_backward(
@@ -125,8 +160,8 @@ def _through_choice(
 
 def _orders(problem: Problem, chosen: Chosen) -> list[Order]:
     """One order of the tokens for each router."""
-    rows = tile_for("grouped_shrink", *problem.x_TD.shape, padded_rank(problem.widest), problem.x_TD.dtype).rows
-    experts = problem.index.scale_PE.shape[1]
+    rows = tile_for("grouped_shrink", problem.x_TD.shape, padded_rank(problem.widest), problem.x_TD.dtype).rows
+    experts = problem.owners.scale_PE.shape[1]
     return [
         sort_by_expert(experts_TK, None if problem.every_token else weights_TK, experts, rows)
         for experts_TK, weights_TK in zip(chosen.experts_QTK, chosen.weights_QTK, strict=True)
@@ -138,7 +173,7 @@ def _router(chosen: Chosen, projection: int) -> int:
 
 
 def _index(problem: Problem, projection: int) -> tuple[Tensor, Tensor]:
-    return problem.index.starts_PE[projection], problem.index.ranks_PE[projection]
+    return problem.owners.starts_PE[projection], problem.owners.ranks_PE[projection]
 
 
 def _expand_one(
@@ -155,11 +190,11 @@ def _expand_one(
     assert to["bias_O"] is None
     if base_TO is not None and base_TO is not out_TO:
         out_TO.copy_(base_TO)
-    tile = tile_for("grouped_expand", *out_TO.shape, padded_rank(problem.widest), problem.x_TD.dtype)
+    tile = tile_for("grouped_expand", out_TO.shape, padded_rank(problem.widest), problem.x_TD.dtype)
     grouped_expand(
         S_TKP,
         chosen.weights_QTK[_router(chosen, projection)],
-        problem.index.scale_PE[projection],
+        problem.owners.scale_PE[projection],
         packed.B_list[projection],
         out_TO,
         order,
@@ -180,7 +215,7 @@ def _expand_x(
     out_TD: Tensor,
     **to: Any,
 ) -> Tensor:
-    tile = tile_for("grouped_expand", *out_TD.shape, padded_rank(problem.widest), out_TD.dtype)
+    tile = tile_for("grouped_expand", out_TD.shape, padded_rank(problem.widest), out_TD.dtype)
     rows = problem.rows
     for projection, dS_TKP in enumerate(dS):
         order = orders[_router(chosen, projection)]

@@ -13,6 +13,7 @@ import triton.language as tl
 from jaxtyping import Float, Int32
 from torch import Tensor
 
+from moelora.kernels.gpu.launch import cdiv, launch
 from moelora.kernels.gpu.order import Order
 from moelora.kernels.gpu.precision import dot_precision
 from moelora.kernels.gpu.reduce import sum_parts
@@ -41,30 +42,36 @@ def grouped_gram(
     parts_SRO = torch.empty(tile.split, total_rows, width, dtype=torch.float32, device=s_TKP.device)
     columns = min(P, tile.columns)
     if parts_SRO.numel():
-        _gram[(triton.cdiv(width, tile.rows), starts_E.shape[0] * (P // columns), tile.split)](
-            s_TKP,
-            weights_TK,
-            scale_E,
-            wide_TO,
-            parts_SRO,
-            order.tokens_KT,
-            order.offsets_KF,
-            starts_E,
-            ranks_E,
-            tokens,
-            width,
-            total_rows,
-            order.offsets_KF.shape[1],
-            0 if weights_TK is None else weights_TK.stride(0),
-            wide_TO.stride(0),
-            K=slots,
-            P=P,
-            ROWS=tile.rows,
-            COLUMNS=columns,
-            INNER=tile.inner,
-            PRECISION=dot_precision(s_TKP.dtype),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+        launch(
+            _gram,
+            (cdiv(width, tile.rows), starts_E.shape[0] * (P // columns), tile.split),
+            (
+                s_TKP,
+                weights_TK,
+                scale_E,
+                wide_TO,
+                parts_SRO,
+                order.tokens_KT,
+                order.offsets_KF,
+                starts_E,
+                ranks_E,
+                tokens,
+                width,
+                total_rows,
+                order.offsets_KF.shape[1],
+                0 if weights_TK is None else weights_TK.stride(0),
+                wide_TO.stride(0),
+            ),
+            {
+                "K": slots,
+                "P": P,
+                "ROWS": tile.rows,
+                "COLUMNS": columns,
+                "INNER": tile.inner,
+                "PRECISION": dot_precision(s_TKP.dtype),
+            },
+            warps=tile.warps,
+            stages=tile.stages,
         )
     return parts_SRO[0] if tile.split == 1 else sum_parts(parts_SRO, torch.float32)
 

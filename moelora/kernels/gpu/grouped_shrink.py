@@ -15,6 +15,7 @@ import triton.language as tl
 from jaxtyping import Float, Int32
 from torch import Tensor
 
+from moelora.kernels.gpu.launch import launch, power_of_two
 from moelora.kernels.gpu.order import Order, tile_at
 from moelora.kernels.gpu.precision import dot_precision
 from moelora.kernels.gpu.reduce import sum_parts
@@ -23,7 +24,7 @@ from moelora.kernels.gpu.tile import Tile
 
 def padded_rank(widest: int) -> int:
     """P: columns that a rank takes in compact tensors."""
-    return max(16, triton.next_power_of_2(widest))
+    return max(16, power_of_two(widest))
 
 
 def grouped_shrink(
@@ -42,26 +43,32 @@ def grouped_shrink(
     s_TKP = x_TD.new_empty(tokens, slots, P)
     columns = min(P, tile.columns)
     if tokens:
-        _shrink[(entries, slots, P // columns)](
-            x_TD,
-            A_RD,
-            s_TKP,
-            order.tiles_KN3,
-            order.tokens_KT,
-            starts_E,
-            ranks_E,
-            tokens,
-            width,
-            x_TD.stride(0),
-            A_RD.stride(0),
-            P=P,
-            ROWS=tile.rows,
-            COLUMNS=columns,
-            INNER=tile.inner,
-            EVEN=width % tile.inner == 0,
-            PRECISION=dot_precision(x_TD.dtype),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+        launch(
+            _shrink,
+            (entries, slots, P // columns),
+            (
+                x_TD,
+                A_RD,
+                s_TKP,
+                order.tiles_KN3,
+                order.tokens_KT,
+                starts_E,
+                ranks_E,
+                tokens,
+                width,
+                x_TD.stride(0),
+                A_RD.stride(0),
+            ),
+            {
+                "P": P,
+                "ROWS": tile.rows,
+                "COLUMNS": columns,
+                "INNER": tile.inner,
+                "EVEN": width % tile.inner == 0,
+                "PRECISION": dot_precision(x_TD.dtype),
+            },
+            warps=tile.warps,
+            stages=tile.stages,
         )
     return s_TKP
 
@@ -87,31 +94,37 @@ def grouped_shrink_backward(
     columns = min(P, tile.columns)
     parts_STK = torch.empty(P // columns, tokens, slots, dtype=torch.float32, device=s_TKP.device)
     if tokens:
-        _shrink_backward[(order.tiles_KN3.shape[1], slots, P // columns)](
-            grad_TO,
-            B_RO,
-            s_TKP,
-            weights_TK,
-            scale_E,
-            ds_TKP,
-            parts_STK,
-            order.tiles_KN3,
-            order.tokens_KT,
-            starts_E,
-            ranks_E,
-            tokens,
-            width,
-            grad_TO.stride(0),
-            B_RO.stride(0),
-            weights_TK.stride(0),
-            P=P,
-            ROWS=tile.rows,
-            COLUMNS=columns,
-            INNER=tile.inner,
-            EVEN=width % tile.inner == 0,
-            PRECISION=dot_precision(grad_TO.dtype),
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+        launch(
+            _shrink_backward,
+            (order.tiles_KN3.shape[1], slots, P // columns),
+            (
+                grad_TO,
+                B_RO,
+                s_TKP,
+                weights_TK,
+                scale_E,
+                ds_TKP,
+                parts_STK,
+                order.tiles_KN3,
+                order.tokens_KT,
+                starts_E,
+                ranks_E,
+                tokens,
+                width,
+                grad_TO.stride(0),
+                B_RO.stride(0),
+                weights_TK.stride(0),
+            ),
+            {
+                "P": P,
+                "ROWS": tile.rows,
+                "COLUMNS": columns,
+                "INNER": tile.inner,
+                "EVEN": width % tile.inner == 0,
+                "PRECISION": dot_precision(grad_TO.dtype),
+            },
+            warps=tile.warps,
+            stages=tile.stages,
         )
     return ds_TKP, parts_STK[0] if columns == P else sum_parts(parts_STK, torch.float32)
 

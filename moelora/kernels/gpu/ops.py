@@ -19,7 +19,7 @@ LIBRARY = torch.library.Library("moelora", "DEF")
 
 TENSORS = (
     "Tensor x, Tensor[] bases, Tensor[] A, Tensor[] B, Tensor[] gates, Tensor[] routing, "
-    "Tensor[] weights, Tensor[] biases, Tensor[] index, Tensor[] seed"
+    "Tensor[] weights, Tensor[] biases, Tensor[] owners, Tensor[] seed"
 )
 SETTINGS = "int widest, int num_experts, int top_k, float temperature, str combine, bool every_token, float dropout"
 
@@ -45,8 +45,8 @@ class Settings(NamedTuple):
 class Lists(NamedTuple):
     """The tensors of both operators, in the order of their schema.
 
-    `routing` is empty where routers are a part of the op, else the ids and the weights (Q, T, K). `bases` is empty where
-    the op computes the bases, from `weights` and `biases`. `seed` is empty without dropout.
+    `routing` is empty where routers are a part of the op, else the ids and the weights (Q, T, K). `bases` is empty
+    where the op computes the bases, from `weights` and `biases`. `seed` is empty without dropout.
     """
 
     x: Tensor
@@ -57,7 +57,7 @@ class Lists(NamedTuple):
     routing: list[Tensor]
     weights: list[Tensor]
     biases: list[Tensor]
-    index: list[Tensor]
+    owners: list[Tensor]
     seed: list[Tensor]
 
 
@@ -102,7 +102,7 @@ def problem_of(lists: Lists, settings: Settings) -> Problem:
         choice,
         experts_QTK,
         weights_QTK,
-        Index(*lists.index),
+        Index(*lists.owners),
         settings.widest,
         settings.every_token,
         settings.dropout,
@@ -160,14 +160,20 @@ def _backward(*arguments: Any) -> list[Tensor]:
 
     lists, settings, S, grads, grad_weights, grad_logits, *needs = _sorted(arguments, 8)
     # a gradient may be one number spread over a tensor, and the products read rows
-    grads = [grad if grad is None or grad.stride(-1) == 1 else grad.contiguous() for grad in grads]
+    grads = [None if grad is None else _as_rows(grad, lists.x.dtype) for grad in grads]
     given = tuple(None if grad is None else grad.contiguous() for grad in (grad_weights, grad_logits))
     problem = problem_of(lists, settings)
-    chosen = Chosen(*lists.routing, lists.routing[1]) if len(lists.routing) == 2 else Chosen(*lists.routing)
+    experts_QTK, weights_QTK, *logits = lists.routing
+    chosen = Chosen(experts_QTK, weights_QTK, logits[0] if logits else weights_QTK)
     made = paths.backward(problem, chosen, S, grads, given, Needs(*needs))
     weights = [made.weights_QTK] if made.weights_QTK is not None and needs[3] else []
     dx = [] if made.x_TD is None else [made.x_TD]
     return [*dx, *made.A_list, *made.B_list, *made.gates, *weights]
+
+
+def _as_rows(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    grad = grad.to(dtype)
+    return grad if grad.stride(-1) == 1 and grad.stride(0) >= grad.shape[1] else grad.contiguous()
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:

@@ -13,6 +13,8 @@ import triton.language as tl
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
+from moelora.kernels.gpu.launch import cdiv, launch, power_of_two
+
 CHUNK = 128
 """Experts that are looked at together."""
 
@@ -50,9 +52,9 @@ def sort_by_expert(
         rows: tokens in a tile, which is `Tile.rows` of the kernels that walk along this order.
     """
     (tokens, slots), bins = ids_TK.shape, num_experts + 1
-    entries = triton.cdiv(tokens, rows) + num_experts
+    entries = cdiv(tokens, rows) + num_experts
     block = 128 if tokens <= 32768 else 256
-    blocks = triton.cdiv(tokens, block)
+    blocks = cdiv(tokens, block)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=ids_TK.device)
@@ -63,28 +65,56 @@ def sort_by_expert(
 
     counts_KBF, before_KBF, totals_KF = empty(slots, blocks, bins), empty(slots, blocks, bins), empty(slots, bins)
     strides = (ids_TK.stride(0), 0 if weights_TK is None else weights_TK.stride(0))
-    sizes = {"K": slots, "SLOTS": triton.next_power_of_2(slots), "BLOCK": block, "CHUNK": CHUNK}
-    _count[(blocks, slots)](ids_TK, weights_TK, counts_KBF, tokens, bins, *strides, **sizes, num_warps=block // 32)
-    _sum_blocks[(slots, triton.cdiv(bins, 32))](
-        counts_KBF, before_KBF, totals_KF, blocks, bins, BLOCKS=32, COLUMNS=32, num_warps=4
+    sizes = {"K": slots, "SLOTS": power_of_two(slots), "BLOCK": block, "CHUNK": CHUNK}
+    launch(
+        _count,
+        (blocks, slots),
+        (
+            ids_TK,
+            weights_TK,
+            counts_KBF,
+            tokens,
+            bins,
+            *strides,
+        ),
+        {**sizes},
+        warps=block // 32,
+        stages=3,
     )
-    _place[(blocks + triton.cdiv(entries, 32), slots)](
-        ids_TK,
-        weights_TK,
-        before_KBF,
-        totals_KF,
-        order.tokens_KT,
-        order.tiles_KN3,
-        order.offsets_KF,
-        tokens,
-        bins,
-        blocks,
-        entries,
-        *strides,
-        **sizes,
-        ROWS=rows,
-        ENTRIES=32,
-        num_warps=block // 32,
+    launch(
+        _sum_blocks,
+        (slots, cdiv(bins, 32)),
+        (
+            counts_KBF,
+            before_KBF,
+            totals_KF,
+            blocks,
+            bins,
+        ),
+        {"BLOCKS": 32, "COLUMNS": 32},
+        warps=4,
+        stages=3,
+    )
+    launch(
+        _place,
+        (blocks + cdiv(entries, 32), slots),
+        (
+            ids_TK,
+            weights_TK,
+            before_KBF,
+            totals_KF,
+            order.tokens_KT,
+            order.tiles_KN3,
+            order.offsets_KF,
+            tokens,
+            bins,
+            blocks,
+            entries,
+            *strides,
+        ),
+        {**sizes, "ROWS": rows, "ENTRIES": 32},
+        warps=block // 32,
+        stages=3,
     )
     return order
 

@@ -94,9 +94,9 @@ def _pack_one(
     pairs: list[tuple[Tensor, Tensor]], router: tuple[Tensor, Tensor] | None, parts: int, scale: float
 ) -> None:
     """Up to two tensors and a router's weight, each into its place, in one launch."""
-    if not pairs and router is None:
+    spare = pairs[0] if pairs else router
+    if spare is None:
         return
-    spare = (pairs[0] if pairs else router) or ()
     pairs = pairs + [(spare[0], spare[1][:0])] * (2 - len(pairs))
     (first, first_to), (second, second_to) = ((source.contiguous(), to) for source, to in pairs)
     gate_ED, gate_to = router if router is not None else (first, first_to[:0])

@@ -21,6 +21,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moelora.kernels.gpu.launch import cdiv, launch, power_of_two
 from moelora.kernels.gpu.tile import Tile
 
 
@@ -38,18 +39,31 @@ def picked_shrink(
     P is the rank of the widest expert, `widest`, rounded up to a power of two.
     """
     (T, D), K = x_TD.shape, ids_TK.shape[1]
-    P = triton.next_power_of_2(max(widest, 1))
+    P = power_of_two(max(widest, 1))
     parts_CTKP = torch.empty(tile.split, T, K, P, dtype=torch.float32, device=x_TD.device)
     if T == 0:
         return parts_CTKP
 
     ROWS = min(tile.rows, P)
-    _picked_shrink[(T * K, tile.split, triton.cdiv(P, ROWS))](
-        x_TD, A_RD, ids_TK, starts_E, ranks_E, parts_CTKP,
-        D, x_TD.stride(0), A_RD.stride(0), ids_TK.stride(0),
-        K=K, P=P, ROWS=ROWS, INNER=tile.inner, STEPS=triton.cdiv(triton.cdiv(D, tile.split), tile.inner),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    launch(
+        _picked_shrink,
+        (T * K, tile.split, cdiv(P, ROWS)),
+        (
+            x_TD,
+            A_RD,
+            ids_TK,
+            starts_E,
+            ranks_E,
+            parts_CTKP,
+            D,
+            x_TD.stride(0),
+            A_RD.stride(0),
+            ids_TK.stride(0),
+        ),
+        {"K": K, "P": P, "ROWS": ROWS, "INNER": tile.inner, "STEPS": cdiv(cdiv(D, tile.split), tile.inner)},
+        warps=tile.warps,
+        stages=tile.stages,
+    )
     return parts_CTKP
 
 
@@ -107,13 +121,37 @@ def picked_expand(
     if T == 0:
         return
 
-    _picked_expand[(T, triton.cdiv(O, tile.columns))](
-        parts_CTKP, ids_TK, weights_TK, scale_E, B_RO, starts_E, ranks_E, base_TO, out_TO,
-        O, ids_TK.stride(0), weights_TK.stride(0), B_RO.stride(0), base_TO.stride(0), out_TO.stride(0),
-        IN_PLACE=out_TO.data_ptr() == base_TO.data_ptr(), SPLIT=splits, K=K, P=P,
-        ROWS=min(tile.rows, triton.next_power_of_2(K * P)), COLUMNS=tile.columns,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    launch(
+        _picked_expand,
+        (T, cdiv(O, tile.columns)),
+        (
+            parts_CTKP,
+            ids_TK,
+            weights_TK,
+            scale_E,
+            B_RO,
+            starts_E,
+            ranks_E,
+            base_TO,
+            out_TO,
+            O,
+            ids_TK.stride(0),
+            weights_TK.stride(0),
+            B_RO.stride(0),
+            base_TO.stride(0),
+            out_TO.stride(0),
+        ),
+        {
+            "IN_PLACE": out_TO.data_ptr() == base_TO.data_ptr(),
+            "SPLIT": splits,
+            "K": K,
+            "P": P,
+            "ROWS": min(tile.rows, power_of_two(K * P)),
+            "COLUMNS": tile.columns,
+        },
+        warps=tile.warps,
+        stages=tile.stages,
+    )
 
 
 @triton.jit
@@ -168,12 +206,24 @@ def router_logits(x_TD: Float[Tensor, "T D"], W_ED: Float[Tensor, "E D"], tile: 
     if T == 0:
         return parts_CTE
 
-    ROWS = min(tile.rows, triton.next_power_of_2(T))
-    _router_logits[(triton.cdiv(T, ROWS), triton.cdiv(E, tile.columns), tile.split)](
-        x_TD, W_ED, parts_CTE, T, D, E, x_TD.stride(0), W_ED.stride(0),
-        ROWS=ROWS, COLUMNS=tile.columns, INNER=tile.inner, STEPS=triton.cdiv(triton.cdiv(D, tile.split), tile.inner),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    ROWS = min(tile.rows, power_of_two(T))
+    launch(
+        _router_logits,
+        (cdiv(T, ROWS), cdiv(E, tile.columns), tile.split),
+        (
+            x_TD,
+            W_ED,
+            parts_CTE,
+            T,
+            D,
+            E,
+            x_TD.stride(0),
+            W_ED.stride(0),
+        ),
+        {"ROWS": ROWS, "COLUMNS": tile.columns, "INNER": tile.inner, "STEPS": cdiv(cdiv(D, tile.split), tile.inner)},
+        warps=tile.warps,
+        stages=tile.stages,
+    )
     return parts_CTE
 
 

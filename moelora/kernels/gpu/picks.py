@@ -1,4 +1,4 @@
-"""The picked path, for the few tokens of a decode step: every pick reads the rows of its own expert. Begin with forward.
+"""The picked path, for few tokens, as in decoding: every pick reads the rows of its own expert. Begin with forward.
 
 Its cost depends neither on the number of experts nor on what else there is, but for the router's own weight. While a
 CUDA graph is captured, what comes before the expand runs on a second stream beside the base's product.
@@ -31,7 +31,7 @@ def forward(problem: Problem) -> tuple[list[Tensor], Chosen]:
     for projection, base_TO in enumerate(bases):
         out_TO = base_TO if in_place else torch.empty_like(base_TO, memory_format=torch.contiguous_format)
         router = projection if chosen.experts_QTK.shape[0] > 1 else 0
-        index = problem.index
+        index = problem.owners
         picked_expand(
             parts[projection],
             chosen.experts_QTK[router],
@@ -42,7 +42,7 @@ def forward(problem: Problem) -> tuple[list[Tensor], Chosen]:
             index.ranks_PE[projection],
             base_TO,
             out_TO,
-            tile_for("picked_expand", *out_TO.shape, problem.widest, problem.x_TD.dtype),
+            tile_for("picked_expand", out_TO.shape, problem.widest, problem.x_TD.dtype),
         )
         outputs.append(out_TO)
     return outputs, chosen
@@ -61,7 +61,7 @@ def _shrink(problem: Problem) -> tuple[Chosen, list[Tensor]]:
     else:
         answers = []
         for gate_ED in problem.gates:
-            tile = tile_for("router_logits", *x_TD.shape, choice.num_experts, problem.x_TD.dtype)
+            tile = tile_for("router_logits", x_TD.shape, choice.num_experts, problem.x_TD.dtype)
             parts_CTE = router_logits(x_TD, gate_ED, tile)
             answers.append(choose_experts(parts_CTE, choice.temperature, choice.top_k, choice.combine))
         chosen = Chosen(*(part[0][None] if len(answers) == 1 else torch.stack(part) for part in zip(*answers)))
@@ -69,8 +69,8 @@ def _shrink(problem: Problem) -> tuple[Chosen, list[Tensor]]:
     parts = []
     for projection, A_RD in enumerate(problem.A_list):
         router = projection if chosen.experts_QTK.shape[0] > 1 else 0
-        starts_E, ranks_E = problem.index.starts_PE[projection], problem.index.ranks_PE[projection]
-        tile = tile_for("picked_shrink", *x_TD.shape, problem.widest, problem.x_TD.dtype)
+        starts_E, ranks_E = problem.owners.starts_PE[projection], problem.owners.ranks_PE[projection]
+        tile = tile_for("picked_shrink", x_TD.shape, problem.widest, problem.x_TD.dtype)
         ids_TK = chosen.experts_QTK[router]
         parts.append(picked_shrink(x_TD, A_RD, ids_TK, starts_E, ranks_E, problem.widest, tile))
     return chosen, parts

@@ -33,7 +33,7 @@ class Problem(NamedTuple):
         gates: fp32 weights (E, D) of the routers that are a part of the op: none, one for all projections, or one each.
         choice: how these choose.
         experts_QTK, weights_QTK: what acts, where no router is a part of the op.
-        index: whose the rows are.
+        owners: whose the rows are.
         widest: rank of the largest expert.
         every_token: every token has an expert that acts.
         dropout: probability with which the experts miss an element of x.
@@ -50,7 +50,7 @@ class Problem(NamedTuple):
     choice: Choice | None
     experts_QTK: Tensor | None
     weights_QTK: Tensor | None
-    index: Index
+    owners: Index
     widest: int
     every_token: bool
     dropout: float = 0.0

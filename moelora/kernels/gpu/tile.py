@@ -20,3 +20,20 @@ class Tile(NamedTuple):
     split: int = 1
     warps: int = 4
     stages: int = 3
+
+
+SHARED_BYTES = 225_000
+"""What a kernel's buffers may take of the shared memory of a multiprocessor; a block may have 227 KiB on Hopper."""
+
+
+def fitted(tile: Tile, numbers: int, fixed: int, itemsize: int) -> Tile:
+    """The tile with as many stages as shared memory has room for.
+
+    A table is measured at few sizes, and a kernel takes more memory with, say, a larger router.
+
+    Args:
+        numbers: that one stage holds, of `itemsize` bytes each.
+        fixed: that are held besides.
+    """
+    stages = (SHARED_BYTES // itemsize - fixed) // max(1, numbers)
+    return tile._replace(stages=max(1, min(tile.stages, stages)))

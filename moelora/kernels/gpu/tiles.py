@@ -6,6 +6,7 @@ takes the table of the one it resembles most: the default.
 
 import json
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ FOLDER = Path(__file__).parent / "tuned"
 DEFAULT = "default"
 
 
-def tile_for(kernel: str, tokens: int, width: int, count: int, dtype: torch.dtype) -> Tile:
+def tile_for(kernel: str, shape_TW: Sequence[int], count: int, dtype: torch.dtype) -> Tile:
     """The tile of a kernel for this many tokens, a wide axis of this length, and this many rank rows."""
+    tokens, width = shape_TW
     tile = _nearest(kernel, _bucket(tokens), _bucket(width), _bucket(count), device_name())
     return _for_fp32(tile) if dtype is torch.float32 else tile
 
