@@ -272,6 +272,21 @@ def tune_delta_first(size: tuple[int, int, int], rounds: int) -> dict[str, Any]:
     return {"key": list(size), "pays": times["first"] < times["last"], **{k: round(v, 1) for k, v in times.items()}}
 
 
+def written(table: dict[str, Any]) -> str:
+    """A table as JSON, an entry a line, so that a diff shows which entries changed."""
+
+    def entries(rows: list[Any], indent: str) -> str:
+        return ",\n".join(indent + json.dumps(row) for row in rows)
+
+    tiles = ",\n".join(
+        f'  "{kernel}": [\n{entries(rows, "   ")}\n  ]' for kernel, rows in sorted(table["tiles"].items())
+    )
+    return (
+        f'{{\n "device": {json.dumps(table["device"])},\n "rules": {json.dumps(table["rules"])},\n'
+        f' "delta_first": [\n{entries(table["delta_first"], "  ")}\n ],\n "tiles": {{\n{tiles}\n }}\n}}\n'
+    )
+
+
 def main() -> None:
     """Tune and write."""
     from moelora.kernels.gpu import tiles
@@ -296,7 +311,7 @@ def main() -> None:
         table["delta_first"] = [tune_delta_first(size, 3 * options.rounds) for size in DELTA_FIRST]
     table["device"] = {"name": torch.cuda.get_device_name(), "torch": torch.__version__}
     output = options.output or tiles.FOLDER / f"{name}.json"
-    output.write_text(json.dumps(table, indent=1) + "\n")
+    output.write_text(written(table))
     print(f"written: {output}")
 
 

@@ -1,7 +1,7 @@
 """Which configuration a kernel takes, from shapes alone. Begin with tile_for.
 
 The tables are JSON files, one for each kind of GPU, written by `python -m moelora.kernels.tune`. A GPU that has none
-takes the table of the one it resembles most: the default.
+takes that of the H100.
 """
 
 import json
@@ -16,7 +16,8 @@ import torch
 from moelora.kernels.gpu.tile import Tile
 
 FOLDER = Path(__file__).parent / "tuned"
-DEFAULT = "default"
+DEFAULT = "nvidia_h100_80gb_hbm3"
+"""The table of GPUs that have none of their own."""
 
 
 def tile_for(kernel: str, shape_TW: Sequence[int], count: int, dtype: torch.dtype) -> Tile:
