@@ -53,7 +53,7 @@ def expand(
     columns = min(tile.columns, max(16, power_of_two(width)))
     blocks = cdiv(count, inner)
     rows_too = (inner * tile.rows, 0) if blocks > 1 else (0, inner * tile.rows)
-    tile = fitted(tile, inner * columns + rows_too[0], rows_too[1], left_TR.element_size())
+    tile = fitted(tile, inner * columns + rows_too[0], rows_too[1], left_TR)
     tiles = cdiv(width, columns)
     split = min(tile.split, tiles)
     base = out_TO if base_TO is None else base_TO

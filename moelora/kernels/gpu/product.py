@@ -14,7 +14,7 @@ from torch import Tensor
 from moelora.kernels.gpu.dropout import keep
 from moelora.kernels.gpu.launch import cdiv, launch, power_of_two
 from moelora.kernels.gpu.precision import dot_precision
-from moelora.kernels.gpu.tile import Tile, fitted
+from moelora.kernels.gpu.tile import Tile, fitted, for_rows
 
 
 def product(
@@ -49,7 +49,8 @@ def product(
         return parts_STN
     columns = max(16, min(tile.columns, power_of_two(max(count, 1))))
     blocks = max(1, cdiv(count, columns))
-    tile = fitted(tile, tile.inner * (tile.rows + columns + tail), 0, x_TD.element_size())
+    tile = for_rows(tile, x_TD, rows_PRD)
+    tile = fitted(tile, tile.inner * (tile.rows + columns + tail), 0, x_TD)
     step = cdiv(cdiv(width, tile.split), tile.inner) * tile.inner
     launch(
         _product,

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Tile(NamedTuple):
     """One configuration of one kernel; which of the sizes a kernel reads stands in its file.
@@ -26,14 +28,25 @@ SHARED_BYTES = 225_000
 """What a kernel's buffers may take of the shared memory of a multiprocessor; a block may have 227 KiB on Hopper."""
 
 
-def fitted(tile: Tile, numbers: int, fixed: int, itemsize: int) -> Tile:
+def fitted(tile: Tile, numbers: int, fixed: int, like: Tensor) -> Tile:
     """The tile with as many stages as shared memory has room for.
 
     A table is measured at few sizes, and a kernel takes more memory with, say, a larger router.
 
     Args:
-        numbers: that one stage holds, of `itemsize` bytes each.
+        numbers: that one stage holds, of the dtype of `like`.
         fixed: that are held besides.
     """
-    stages = (SHARED_BYTES // itemsize - fixed) // max(1, numbers)
+    stages = (SHARED_BYTES // like.element_size() - fixed) // max(1, numbers)
     return tile._replace(stages=max(1, min(tile.stages, stages)))
+
+
+def for_rows(tile: Tile, *matrices: Tensor | None) -> Tile:
+    """The tile; where rows of a matrix do not begin at multiples of 16 bytes, a smaller one of a product.
+
+    Such rows are copied number by number and through registers, in which a large tile has no room.
+    """
+    strides = [matrix.stride(-2) * matrix.element_size() for matrix in matrices if matrix is not None]
+    if all(stride % 16 == 0 for stride in strides):
+        return tile
+    return tile._replace(inner=32, warps=8, stages=2)
