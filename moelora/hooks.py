@@ -19,6 +19,8 @@ from moelora.routing import dense_weights
 from moelora.tape import Frame, Tape
 
 TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+# the cache's name before and since transformers 5.24
+CACHES = ("past_key_values", "cache")
 INPUTS = (*TOKENS, "input_features", "input_values", "pixel_values")
 
 
@@ -245,8 +247,11 @@ def two_dimensional(mask: Any, batch: int | None, length: int | None) -> Tensor 
 
 def cached_length(values: Mapping[str, Any]) -> int:
     """How many tokens the key-value cache of a call already holds."""
-    cache = values.get("past_key_values")
-    return 0 if cache is None or not hasattr(cache, "get_seq_length") else int(cache.get_seq_length())
+    for name in CACHES:
+        cache = values.get(name)
+        if cache is not None and hasattr(cache, "get_seq_length"):
+            return int(cache.get_seq_length())
+    return 0
 
 
 def loss_in(output: Any, kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -23,6 +23,10 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# Without a GPU, Triton's kernels are interpreted; Triton looks at this when the kernels are defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Annotations of moelora become checks. Tests of torch.compile switch this off: checked functions break the graph.
 if os.environ.get("JAXTYPING_DISABLE", "0") != "1":
     from jaxtyping import install_import_hook

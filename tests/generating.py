@@ -1,5 +1,7 @@
 """Patched models and prompts for the tests of generation."""
 
+import inspect
+
 import torch
 
 import moelora
@@ -45,3 +47,9 @@ def encoder_inputs(model, length=9):
     inputs = tiny.inputs(model, length=length)
     del inputs["decoder_input_ids"]
     return inputs
+
+
+def cache_name(model):
+    """What a model calls its key-value cache, as an argument and in its output: the name changed in transformers 5.24."""
+    known = inspect.signature(model.forward).parameters
+    return next(name for name in ("cache", "past_key_values", "cache_params") if name in known)

@@ -63,7 +63,12 @@ def assert_same_step(ours, theirs):
 def run(script: str) -> None:
     """Run a script behind HEAD in a fresh process, without annotation checks, warnings being errors of ours alone."""
     root = str(Path(__file__).parents[1])
-    environment = os.environ | {"JAXTYPING_DISABLE": "1", "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "JAXTYPING_DISABLE": "1",
+        "PYTHONPATH": root,
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "0",
+    }
     finished = subprocess.run(
         [sys.executable, "-c", HEAD + textwrap.dedent(script)],
         env=environment,

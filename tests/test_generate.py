@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from generating import DECODERS, ENCODER_DECODERS, PLAIN, encoder_inputs, left_padded, patched, prompt
+from generating import DECODERS, ENCODER_DECODERS, PLAIN, cache_name, encoder_inputs, left_padded, patched, prompt
 
 import moelora
 from moelora.testing import tiny
@@ -16,7 +16,7 @@ def step_by_step(model, ids, **inputs):
     name = "decoder_input_ids" if inputs else "input_ids"
     output = model(**inputs, **{name: ids[:, :prefill]}, use_cache=True)
     steps = [output.logits]
-    key = "past_key_values" if "past_key_values" in output else "cache_params"
+    key = cache_name(model)
     if inputs:
         inputs = {"encoder_outputs": (output.encoder_last_hidden_state,), **inputs}
         inputs = {key: value for key, value in inputs.items() if key in ("encoder_outputs", "attention_mask")}

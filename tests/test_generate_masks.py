@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from generating import PLAIN, encoder_inputs, left_padded, patched, prompt
+from generating import PLAIN, cache_name, encoder_inputs, left_padded, patched, prompt
 from transformers import DynamicCache, StaticCache
 
 import moelora
@@ -104,7 +104,7 @@ def test_chunked_prefill_keeps_the_mask(cache):
         for begin in (0, 3, 6):
             ids = inputs["input_ids"][:, begin : begin + 3]
             mask = inputs["attention_mask"][:, : begin + ids.shape[1]]
-            model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True)
+            model(input_ids=ids, attention_mask=mask, **{cache_name(model): past}, use_cache=True)
 
     site = next(iter(recording))
     pieces = [part.flatten() for part in inputs["attention_mask"].bool().split(3, dim=1)]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from adapters_on_disk import main_output, peft_model
+from generating import cache_name
 
 import moelora
 from moelora.testing import tiny
@@ -81,9 +82,8 @@ def test_decoding_with_a_cache_goes_on_where_the_ids_are(model, inputs):
         step = model(inputs["input_ids"][:, :3], use_cache=True)
         parts = [step.logits]
         for position in range(3, L):
-            step = model(
-                inputs["input_ids"][:, position : position + 1], past_key_values=step.past_key_values, use_cache=True
-            )
+            cache = {cache_name(model): step[cache_name(model)]}
+            step = model(inputs["input_ids"][:, position : position + 1], **cache, use_cache=True)
             parts.append(step.logits)
 
     assert torch.equal(whole, expected)

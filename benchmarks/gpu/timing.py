@@ -161,7 +161,17 @@ def graph_of(run: Callable[[], object], device: torch.device) -> Callable[[], ob
     finally:
         # a capture that fails leaves its own stream behind as the current one
         torch.cuda.set_stream(current)
-    return graph.replay
+    return Replay(graph, run)
+
+
+class Replay:
+    """A captured run. It holds what was captured, whose weights the graph goes on reading."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, run: Callable[[], object]) -> None:
+        self.graph, self.run = graph, run
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def attempt_graph(run: Callable[[], object] | Failure, device: torch.device) -> Callable[[], object] | Failure:

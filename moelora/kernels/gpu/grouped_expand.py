@@ -6,7 +6,6 @@ writer, and the sum over slots has one order.
 Of `Tile` are read: rows (tokens; those of the order), columns (of the output), inner (of P), warps, stages.
 """
 
-from itertools import product
 from typing import no_type_check
 
 import triton
@@ -18,9 +17,6 @@ from moelora.kernels.gpu.launch import cdiv, launch, power_of_two
 from moelora.kernels.gpu.order import Order, tile_at
 from moelora.kernels.gpu.precision import dot_precision
 from moelora.kernels.gpu.tile import Tile
-
-CACHED_BYTES = 20 * 2**20
-"""Output that is worked on at once; a Hopper GPU's cache holds more than twice that."""
 
 
 def grouped_expand(
@@ -50,29 +46,28 @@ def grouped_expand(
     """
     (tokens, slots, P), width = s_TKP.shape, out_TO.shape[1]
     assert tile.rows == order.rows, (tile, order.rows)
-    entries, chunk = order.tiles_KN3.shape[1], _columns_at_once(tokens, slots, width, out_TO.element_size())
-    for first, slot in product(range(0, width if tokens else 0, chunk), range(slots)):
-        columns = slice(first, min(first + chunk, width))
+    entries = order.tiles_KN3.shape[1]
+    for slot in range(slots if tokens else 0):
         left_TC, right_CO = extra if extra is not None and slot == 0 else (None, None)
         depth = 0 if left_TC is None else left_TC.shape[1]
         launch(
             _expand,
-            (cdiv(columns.stop - first, tile.columns), entries),
+            (cdiv(width, tile.columns), entries),
             (
                 s_TKP,
                 weights_TK,
                 scale_E,
-                B_RO[:, columns],
-                out_TO[:, columns],
+                B_RO,
+                out_TO,
                 left_TC,
-                None if right_CO is None else right_CO[:, columns],
+                right_CO,
                 order.tiles_KN3,
                 order.tokens_KT,
                 starts_E,
                 ranks_E,
                 slot,
                 tokens,
-                columns.stop - first,
+                width,
                 depth,
                 0 if weights_TK is None else weights_TK.stride(0),
                 B_RO.stride(0),
@@ -94,13 +89,6 @@ def grouped_expand(
             warps=tile.warps,
             stages=tile.stages,
         )
-
-
-def _columns_at_once(tokens: int, slots: int, width: int, itemsize: int) -> int:
-    """Columns that all slots write before the next columns begin: what one slot wrote, the next finds in the cache."""
-    if slots == 1:
-        return width
-    return max(512, CACHED_BYTES // max(1, tokens * itemsize) // 512 * 512)
 
 
 @triton.jit(do_not_specialize=["slot"])

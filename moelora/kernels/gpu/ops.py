@@ -6,14 +6,18 @@ registered by hand: torch's own `register_autograd` takes several times as long 
 called a hundred times in a step.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from moelora.kernels.gpu import paths
 from moelora.kernels.gpu.dense import Needs
 from moelora.kernels.gpu.finish_forward import Choice, Chosen
 from moelora.kernels.gpu.problem import Index, Problem
+
+PLAIN = (Tensor, torch.nn.Parameter)
 
 LIBRARY = torch.library.Library("moelora", "DEF")
 
@@ -79,7 +83,8 @@ class Answer(NamedTuple):
 
 def mixture(lists: Lists, settings: Settings, *, keeps: bool) -> Answer:
     """The outputs of P projections of one input, and what their routers chose; differentiable if `keeps`."""
-    results = torch.ops.moelora.mixture.default(*lists, *settings, keeps)
+    run = torch.ops.moelora.mixture.default if _is_watched(lists.x) else _forward_autograd
+    results = run(*lists, *settings, keeps)
     projections = len(lists.A)
     answers = results[projections + 1 :] or [None, None, None]
     return Answer(list(results[:projections]), results[projections], *answers)
@@ -114,16 +119,12 @@ def problem_of(lists: Lists, settings: Settings) -> Problem:
 
 
 def _forward(*arguments: Any) -> list[Tensor]:
-    from moelora.kernels.gpu import paths
-
     lists, settings, keeps = _sorted(arguments, 1)
     outputs, chosen, S = paths.forward(problem_of(lists, settings), keeps=keeps)
     return [*outputs, S, *(chosen if lists.gates else ())]
 
 
 def _forward_fake(*arguments: Any) -> list[Tensor]:
-    from moelora.kernels.gpu import paths
-
     lists, settings, keeps = _sorted(arguments, 1)
     x, tokens, routers = lists.x, lists.x.shape[0], len(lists.gates)
     if lists.bases:
@@ -146,8 +147,7 @@ def _forward_fake(*arguments: Any) -> list[Tensor]:
 def _forward_autograd(*arguments: Any) -> list[Tensor]:
     lists, settings, keeps = _sorted(arguments, 1)
     if not keeps or not torch.is_grad_enabled():
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.moelora.mixture.default(*arguments)
+        return _below(torch.ops.moelora.mixture.default, _forward, arguments)
     flat, counts = _flatten(lists)
     return list(_Mixture.apply(counts, settings, *flat))
 
@@ -156,8 +156,6 @@ def _forward_autograd(*arguments: Any) -> list[Tensor]:
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
-    from moelora.kernels.gpu import paths
-
     lists, settings, S, grads, grad_weights, grad_logits, *needs = _sorted(arguments, 8)
     # a gradient may be one number spread over a tensor, and the products read rows
     grads = [None if grad is None else _as_rows(grad, lists.x.dtype) for grad in grads]
@@ -194,8 +192,7 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, counts: tuple[int, ...], settings: Settings, *flat: Tensor) -> tuple[Tensor, ...]:
         lists = _unflatten(flat, counts)
-        with torch._C._AutoDispatchBelowAutograd():
-            results = torch.ops.moelora.mixture.default(*lists, *settings, True)
+        results = _below(torch.ops.moelora.mixture.default, _forward, (*lists, *settings, True))
         projections = len(lists.A)
         outputs, (S, *chosen) = results[:projections], results[projections:]
         # the outputs of the bases are not needed any more; what the routers chose is
@@ -218,20 +215,9 @@ class _Mixture(torch.autograd.Function):
         needs_B = any(wanted[firsts[2] : firsts[3]])
         needs_router = any(wanted[firsts[3] : firsts[5]])
         grad_weights, grad_logits = grads[projections + 2 :] if routers else (None, None)
-        with torch._C._AutoDispatchBelowAutograd():
-            made = torch.ops.moelora.mixture_backward.default(
-                *lists,
-                *ctx.settings,
-                S,
-                list(grads[:projections]),
-                grad_weights,
-                grad_logits,
-                needs_x,
-                needs_A,
-                needs_B,
-                needs_router,
-            )
-
+        flags = (needs_x, needs_A, needs_B, needs_router)
+        arguments = (*lists, *ctx.settings, S, list(grads[:projections]), grad_weights, grad_logits, *flags)
+        made = _below(torch.ops.moelora.mixture_backward.default, _backward, arguments)
         made = iter(made)
         result: list[Tensor | None] = [None] * len(wanted)
         if needs_x:
@@ -243,6 +229,17 @@ class _Mixture(torch.autograd.Function):
             for place in range(first, first + count) if needed else ():
                 result[place] = next(made)
         return (None, None, *result)
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether somebody traces operators or looks on. Else their bodies may run alone: lists take long to dispatch."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) not in PLAIN
+
+
+def _below(operator: Any, run: Callable[..., list[Tensor]], arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The operator, or its body, below autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return (operator if _is_watched(arguments[0]) else run)(*arguments)
 
 
 # --- lists, flat and sorted -------------------------------------------------------------------------------------------
