@@ -3,8 +3,9 @@
     python -m benchmarks.gpu.growth
     python -m benchmarks.gpu.growth --cases tokens-e8 experts-t1
 
-4096 to 4096, bf16, rank 16, 2 active, the router included. "tokens" and "experts-t8192" train fp32 experts, called
-eagerly; "experts-t1" and "experts-t64" are what `decode.py` measures: frozen experts, CUDA graphs over eight layers.
+4096 to 4096, bf16, rank 16, 2 active, the router included, all in CUDA graphs: the device's time alone. "tokens" and
+"experts-t8192" train fp32 experts; "experts-t1" and "experts-t64" are what `decode.py` measures: frozen experts, eight
+layers.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from benchmarks.gpu.command import Session, parser_of
 from benchmarks.gpu.passes import forward_of, step_of
 from benchmarks.gpu.peers import builders, draw_weights
 from benchmarks.gpu.providers import BASE, MOELORA
-from benchmarks.gpu.timing import Failure, attempt
+from benchmarks.gpu.timing import Failure, attempt, attempt_graph
 
 TOKENS = (512, 2048, 8192, 32768, 65536)
 EXPERTS = (8, 16, 64, 256, 1000)
@@ -66,7 +67,8 @@ def measure(session: Session, point: Point, backend: str, *, width: int) -> None
             provider: module if isinstance(module, Failure) else attempt(partial(pass_of, module, x_TD))
             for provider, module in modules.items()
         }
-        session.measure(point.name, mode, runs)
+        graphs = {provider: attempt_graph(run, session.device) for provider, run in runs.items()}
+        session.measure(point.name, mode, graphs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -88,7 +88,7 @@ def decoder_of(model: Any, ids_BL: Tensor, *, compiled: bool) -> Decoder:
 
 
 def measure_training(session: Session, models: dict[str, Any], ids_BL: Tensor) -> None:
-    """The training step, eagerly."""
+    """The training step, eagerly and in graphs."""
     handles = [
         models[provider].get_input_embeddings().register_forward_hook(require_gradient)
         for provider in models
@@ -96,6 +96,7 @@ def measure_training(session: Session, models: dict[str, Any], ids_BL: Tensor) -
     ]
     runs = {provider: step_of(model, ids_BL) for provider, model in models.items() if provider in TRAINED}
     session.measure("train", "eager", runs)
+    session.measure("train", "graph", {provider: attempt_graph(run, session.device) for provider, run in runs.items()})
     for handle in handles:
         handle.remove()
     for model in models.values():

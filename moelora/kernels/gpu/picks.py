@@ -19,9 +19,7 @@ from moelora.kernels.gpu.tiles import tile_for
 
 def forward(problem: Problem) -> tuple[list[Tensor], Chosen]:
     """The outputs and what acts."""
-    # outside of a graph, launching takes longer than what is launched, and a second stream would only add to it
-    device = problem.x_TD.device
-    side = SideStream(device, wanted=device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    side = SideStream(problem.x_TD.device)
     chosen, parts = side.run(lambda: _shrink(problem))
     in_place = not problem.bases
     bases = problem.bases or _bases(problem)

@@ -17,14 +17,17 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
 class SideStream:
     """A second stream that begins where the current one stands, and that it joins again.
 
+    Only while a CUDA graph is captured. Otherwise the work is done in the current stream, one thing after the other:
+    launching a kernel takes Python longer than the device, and events between streams would only add to it.
+
     Args:
         device: of the work.
-        wanted: False for work in the current stream, one thing after the other. So it is without CUDA, too.
+        wanted: False for work in the current stream in any case.
     """
 
-    def __init__(self, device: torch.device, *, wanted: bool) -> None:
+    def __init__(self, device: torch.device, *, wanted: bool = True) -> None:
         self.main = self.side = None
-        if wanted and device.type == "cuda":
+        if wanted and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.main, self.side = torch.cuda.current_stream(device), _stream_of(device)
             self.side.wait_stream(self.main)
 
