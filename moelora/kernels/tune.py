@@ -77,9 +77,9 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
     "grouped_expand": {"rows": (64, 128), "columns": (64, 128, 256), "inner": (64,), "stages": (2, 3)},
     "grouped_gram": {"rows": (64, 128), "columns": (64,), "inner": (32, 64), "split": (1, 2, 4), "stages": (3, 4)},
     "router_logits": {
-        "rows": (4, 16),
+        "rows": (4, 16, 64),
         "columns": (4, 16, 32),
-        "inner": (64, 256),
+        "inner": (64, 128, 256),
         "split": (4, 8, 16, 32),
         "warps": (4,),
     },
@@ -103,15 +103,21 @@ def candidates(case: Case) -> Iterator[Tile]:
             tile = tile._replace(warps=8 if tile.rows * tile.columns > 64 * 128 else 4)
         if case.kernel in ("expand", "expand_add") and case.rows <= 128 and tile.inner != 128:
             continue
-        if case.kernel == "router_logits" and (tile.rows == 4) != (case.tokens <= 4):
-            continue
-        if case.kernel == "router_logits" and tile.rows > 4 and tile.columns * tile.inner > 16 * 128:
+        if case.kernel == "router_logits" and not fits_router(case, tile):
             continue
         yield tile
 
 
+def fits_router(case: Case, tile: Tile) -> bool:
+    """Whether few tokens take the branch without tensor cores, and many a block that has registers for them."""
+    if case.tokens <= 4:
+        return tile.rows == 4
+    return tile.rows in (16, min(64, case.tokens)) and tile.columns >= 16 and tile.columns * tile.inner <= 16 * 128
+
+
 def launcher(case: Case, device: str, dtype: torch.dtype = torch.bfloat16) -> Callable[[Tile], object]:
     """What runs the case's kernel with a configuration, on random data (or on shapes alone, on the device "meta")."""
+    from moelora.kernels.gpu.choose import choose_experts
     from moelora.kernels.gpu.expand import expand
     from moelora.kernels.gpu.gram import gram
     from moelora.kernels.gpu.picked import picked_expand, picked_shrink, router_logits
@@ -144,7 +150,8 @@ def launcher(case: Case, device: str, dtype: torch.dtype = torch.bfloat16) -> Ca
         return lambda tile: gram(left, tail, x, tile)
     if kernel == "router_logits":
         gate_ED = random(count, width, as_dtype=torch.float32)
-        return lambda tile: router_logits(x, gate_ED, tile)
+        # the choice reads the parts, so their number is its matter too
+        return lambda tile: choose_experts(router_logits(x, gate_ED, tile), 1.0, TOP_K, "renormalized")
 
     # experts of one rank, one after the other
     ranks = torch.full((EXPERTS,), count, dtype=torch.int32, device=device)
