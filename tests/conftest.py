@@ -15,6 +15,8 @@ os.environ.update(
     HF_HUB_DOWNLOAD_TIMEOUT="5",
     HF_HUB_ETAG_TIMEOUT="2",
     TOKENIZERS_PARALLELISM="false",
+    # what cuBLAS needs to be deterministic, where there is a GPU
+    CUBLAS_WORKSPACE_CONFIG=":4096:8",
 )
 for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
     os.environ.pop(name, None)

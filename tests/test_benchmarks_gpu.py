@@ -168,7 +168,7 @@ def test_scripts_ask_for_a_gpu(script: str, monkeypatch: pytest.MonkeyPatch):
         ("layer", ["--cases", "narrow-r16-e8", "qkv-r16-e8"], 8),
         ("decode", ["--cases", "t16-e8"], 1),
         ("growth", ["--cases", "experts-t1"], 5),
-        ("model", [], 5),
+        ("model", [], 6),
     ],
 )
 def test_scripts_run_through(script: str, options: list[str], modes: int, tmp_path: Path, capsys):

@@ -93,7 +93,7 @@ def test_adding_and_removing_is_the_identity(kind, folders):
 
 
 def test_removing_moves_the_ids_behind_up(folders):
-    """The experts that are left answer as before, and routers keep their rows."""
+    """The experts that are left answer as before, to rounding (a product of fewer rows may add up in another order)."""
     model = moelora.patch_model(tiny.model("gpt2"), folders)
     randomise(model, "router")
     answers = {name: alone(model, name) for name in "bc"}
@@ -102,7 +102,8 @@ def test_removing_moves_the_ids_behind_up(folders):
     moelora.remove_expert(model, "a")
 
     assert moelora.expert_names(model) == ["b", "c"]
-    assert all(torch.equal(alone(model, name), answers[name]) for name in "bc")
+    for name in "bc":
+        torch.testing.assert_close(alone(model, name), answers[name], rtol=1e-4, atol=1e-5)
     for router, before_ED in zip(model._moelora.routers().values(), rows, strict=True):
         assert torch.equal(router.weight_ED, before_ED[1:])
 
