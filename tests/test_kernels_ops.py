@@ -178,16 +178,13 @@ def test_an_unused_output_gives_no_gradient(path):
     assert_no_worse(ours, *others)
 
 
-@pytest.mark.xfail(strict=True, reason="the backward pass rounds the scores' gradient to x's dtype")
 @trained
 def test_a_router_learns_in_fp32(path):
     """Also in 16 bits the gradient of the router's fp32 weight is as exact as that of a router in plain torch."""
     mixture = random_mixture(tokens=40, dtype=torch.float16)
 
-    def scored(answer):
-        return answer.logits_QTE.square().sum()
-
-    ours, theirs, expected = (way["grad gates[0]"] for way in gradients_of(mixture, scored))
+    ways = gradients_of(mixture, lambda answer: answer[-1].square().sum())
+    ours, theirs, expected = (way["grad gates[0]"] for way in ways)
     assert (ours - expected).norm() <= 2 * (theirs - expected).norm() + 1e-7 * expected.abs().max()
 
 
@@ -331,7 +328,6 @@ def test_dropout_is_a_mask_for_the_experts(path, dropout, case, dtype):
     assert not torch.equal(other_TD, kept_TD)
 
     ours = results(mixture)
-
     assert_no_worse(ours, eager(mixture, kept_TD), exact(mixture, kept_TD))
     assert_same_bits(results(mixture), ours)
 
@@ -352,8 +348,7 @@ def test_little_is_kept_for_the_backward_pass(rank, experts, shape):
     kept = [tensor for tensor in saved if tensor.untyped_storage()._cdata not in own]
     assert answer.S.shape == shape
     assert sorted(tensor.shape for tensor in kept) == sorted(part.shape for part in tree_leaves(answer[1:]))
-    if (rank, experts) != (16, 20):
-        assert answer.S.nbytes <= 2 * 1024**2
+    assert answer.S.nbytes <= 2 * 1024**2 or shape[2] == 320
 
 
 @pytest.mark.slow

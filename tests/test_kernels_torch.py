@@ -76,7 +76,9 @@ def test_no_worse_than_the_reference(backend, dtype, problem):
 
     assert ours_TO.dtype == dtype
     # one rounding of each number: eager may be luckier than that
-    unit = torch.finfo(dtype).eps * (1 + exact_TO.abs().max().item() if exact_TO.numel() else 1) * exact_TO.numel() ** 0.5
+    unit = (
+        torch.finfo(dtype).eps * (1 + exact_TO.abs().max().item() if exact_TO.numel() else 1) * exact_TO.numel() ** 0.5
+    )
     error, eager_error = (ours_TO - exact_TO).norm(), (eager_TO - exact_TO).norm()
     assert error <= 2 * eager_error + unit
 

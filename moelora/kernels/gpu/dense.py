@@ -49,7 +49,7 @@ def forward(problem: Problem, *, keeps: bool) -> tuple[list[Tensor], Chosen, Ten
     """The outputs, what acts, and S_TPR, the values of the rank rows before the gate (None unless `keeps`)."""
     x_TD, choice, owners = problem.x_TD, problem.choice, problem.owners
     packed = pack_forward(problem.A_list, problem.B_list, problem.gates, x_TD.dtype)
-    (tokens, width), (projections, rows, _) = x_TD.shape, packed.A_PRD.shape
+    tokens, (projections, rows, _) = x_TD.shape[0], packed.A_PRD.shape
     tile = tile_for("shrink", x_TD.shape, projections * rows, x_TD.dtype)
 
     # who acts: given, or chosen by the pass over x that the rank rows need, or by one of its own where experts are many
@@ -99,7 +99,7 @@ def backward(
     x_TD, dtype, choice = problem.x_TD, problem.x_TD.dtype, problem.choice
     (tokens, _), (_, projections, rows) = x_TD.shape, S_TPR.shape
     part_rows = padded(choice.num_experts, dtype) if choice is not None else 0
-    columns = score_columns(len(problem.gates), part_rows)
+    columns = score_columns(len(problem.gates), part_rows, dtype)
     rows_ND, B_list = pack_backward(problem.A_list, problem.B_list, problem.gates, columns, dtype)
 
     # dY @ B.T of each projection, side by side
@@ -193,7 +193,16 @@ def _grad_A(problem: Problem, rank_TN: Tensor, part_rows: int, needs: Needs) -> 
         for projection, A_RD in enumerate(problem.A_list):
             dA.append(sum_parts(parts_SND[:, projection * rows : (projection + 1) * rows], A_RD.dtype))
     if needs.router:
-        for router, gate_ED in enumerate(problem.gates):
-            first = router * part_rows
-            dgates.append(sum_parts(tail_SMD[:, first : first + gate_ED.shape[0]], gate_ED.dtype))
+        dgates = gate_gradients(problem, tail_SMD, part_rows)
     return dA, dgates
+
+
+def gate_gradients(problem: Problem, tail_SMD: Tensor, part_rows: int) -> list[Tensor]:
+    """Of the routers' weights, from the products of x with the columns of their scores; in 16 bits, with both parts."""
+    made, both = [], problem.x_TD.dtype is not torch.float32
+    for router, gate_ED in enumerate(problem.gates):
+        first, rest = router * part_rows, (len(problem.gates) + router) * part_rows
+        experts = gate_ED.shape[0]
+        also = tail_SMD[:, rest : rest + experts] if both else None
+        made.append(sum_parts(tail_SMD[:, first : first + experts], gate_ED.dtype, also))
+    return made

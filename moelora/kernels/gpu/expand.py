@@ -50,6 +50,9 @@ def expand(
         # the counters' arithmetic takes the registers of half a tile
         tile = tile._replace(rows=64, columns=min(64, tile.columns), warps=8)
     inner = max(16, min(tile.inner, power_of_two(count)))
+    if width % tile.columns or count % inner:
+        # masks in every step take the registers of a large tile
+        tile = tile._replace(rows=64, columns=128 // left_TR.element_size(), warps=8)
     columns = min(tile.columns, max(16, power_of_two(width)))
     blocks = cdiv(count, inner)
     rows_too = (inner * tile.rows, 0) if blocks > 1 else (0, inner * tile.rows)

@@ -24,7 +24,9 @@ class RankGradients(NamedTuple):
 
     Attributes:
         rank_TN: of the values of the rank rows, dS (P * R columns), and behind them M of the scores before the
-            temperature: for each router as many as `pack.padded` says, and zeros up to `score_columns`. In x's dtype.
+            temperature: for each router as many as `pack.padded` says. In x's dtype; where that has 16 bits, what
+            rounding takes from the scores' gradients follows in as many columns more, so that a router learns in fp32.
+            Zeros up to `score_columns`.
         gated_TPR: not a gradient: S * gate, of which dB is made.
         dweights_QTK: of the weights; None where they are a router's, whose scores have it all.
     """
@@ -34,9 +36,10 @@ class RankGradients(NamedTuple):
     dweights_QTK: Tensor | None
 
 
-def score_columns(routers: int, part_rows: int) -> int:
+def score_columns(routers: int, part_rows: int, dtype: torch.dtype) -> int:
     """Columns that the scores of Q routers take in `RankGradients.rank_TN`."""
-    return max(16, power_of_two(routers * part_rows)) if part_rows else 0
+    parts = 1 if dtype is torch.float32 else 2
+    return max(16, power_of_two(routers * part_rows * parts)) if part_rows else 0
 
 
 def finish_backward(
@@ -60,7 +63,7 @@ def finish_backward(
     """
     (split, tokens, _), (_, projections, count) = parts_STN.shape, S_TPR.shape
     routers, _, top_k = chosen.experts_QTK.shape
-    columns = score_columns(routers, part_rows)
+    columns = score_columns(routers, part_rows, S_TPR.dtype)
     rank_TN = torch.empty(tokens, projections * count + columns, dtype=S_TPR.dtype, device=S_TPR.device)
     gated_TPR = torch.empty_like(S_TPR)
     dweights_QTK = torch.empty_like(chosen.weights_QTK) if choice is None else None
@@ -100,6 +103,7 @@ def finish_backward(
                 "COMBINE": "given" if choice is None else choice.combine,
                 "PART_ROWS": max(1, part_rows),
                 "LOGIT_COLUMNS": columns,
+                "SCORE_PARTS": 1 if S_TPR.dtype is torch.float32 else 2,
             },
             warps=4,
             stages=2,
@@ -126,9 +130,11 @@ def _store_router(
     num_experts,
     scale,
     rank_stride,
+    routers,
     TOP_K: tl.constexpr,
     COMBINE: tl.constexpr,
     PART_ROWS: tl.constexpr,
+    SCORE_PARTS: tl.constexpr,
 ):
     """From the gradient of the chosen weights, (rows, slots), to what leaves the kernel."""
     row = router * tl.cast(tokens, tl.int64) + t
@@ -163,11 +169,12 @@ def _store_router(
         if given_logits_ptr is not None:
             dlogits += tl.load(given_logits_ptr + logits_at, mask=is_expert, other=0.0)
         dlogits = tl.where(is_expert, dlogits * scale, 0.0)
-        tl.store(
-            dlogits_ptr + t.to(tl.int64)[:, None] * rank_stride + router * PART_ROWS + expert[None, :],
-            dlogits.to(dlogits_ptr.dtype.element_ty),
-            mask=is_token[:, None],
-        )
+        scores_at = dlogits_ptr + t.to(tl.int64)[:, None] * rank_stride + router * PART_ROWS + expert[None, :]
+        rounded = dlogits.to(dlogits_ptr.dtype.element_ty)
+        tl.store(scores_at, rounded, mask=is_token[:, None])
+        if SCORE_PARTS == 2:
+            rest = (dlogits - rounded.to(tl.float32)).to(dlogits_ptr.dtype.element_ty)
+            tl.store(scores_at + routers * PART_ROWS, rest, mask=is_token[:, None])
 
 
 @triton.jit
@@ -204,6 +211,7 @@ def _finish_backward(
     COMBINE: tl.constexpr,
     PART_ROWS: tl.constexpr,
     LOGIT_COLUMNS: tl.constexpr,
+    SCORE_PARTS: tl.constexpr,
 ):
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_token = t < tokens
@@ -260,16 +268,18 @@ def _finish_backward(
                 num_experts,
                 logits_scale,
                 rank_stride,
+                ROUTERS,
                 TOP_K,
                 COMBINE,
                 PART_ROWS,
+                SCORE_PARTS,
             )
             dweight = tl.zeros((ROWS, SLOTS), tl.float32)
 
-    if LOGIT_COLUMNS > ROUTERS * PART_ROWS:
+    if LOGIT_COLUMNS > ROUTERS * PART_ROWS * SCORE_PARTS:
         m = tl.arange(0, LOGIT_COLUMNS)
         tl.store(
             rank_ptr + t.to(tl.int64)[:, None] * rank_stride + total + m[None, :],
             tl.zeros((ROWS, LOGIT_COLUMNS), rank_ptr.dtype.element_ty),
-            mask=is_token[:, None] & (m >= ROUTERS * PART_ROWS)[None, :],
+            mask=is_token[:, None] & (m >= ROUTERS * PART_ROWS * SCORE_PARTS)[None, :],
         )

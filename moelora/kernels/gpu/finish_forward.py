@@ -69,7 +69,7 @@ def finish_forward(
     gated_TPR = torch.empty(tokens, projections, count, dtype=dtype, device=parts_STN.device)
     S_TPR = torch.empty_like(gated_TPR) if keeps else None
     tail = 0 if choice is None else (total - projections * count) // routers
-    rows = max(1, min(ROWS, 4096 // max(tail, COLUMNS)))
+    rows = max(1, min(ROWS if top_k <= 4 else ROWS // 2, 4096 // max(tail, COLUMNS)))
     programs = max(projections if count else 0, routers if choice is not None else 0)
     if tokens and programs:
         launch(

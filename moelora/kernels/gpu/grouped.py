@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelora.kernels.gpu.dense import Gradients, Needs, choose_alone, given_choice, mix
+from moelora.kernels.gpu.dense import Gradients, Needs, choose_alone, gate_gradients, given_choice, mix
 from moelora.kernels.gpu.finish_backward import finish_backward, score_columns
 from moelora.kernels.gpu.finish_forward import Chosen
 from moelora.kernels.gpu.gram import gram
@@ -21,7 +21,6 @@ from moelora.kernels.gpu.linear import input_gradient
 from moelora.kernels.gpu.order import Order, sort_by_expert
 from moelora.kernels.gpu.pack import Packed, pack_backward, pack_forward, padded
 from moelora.kernels.gpu.problem import Problem
-from moelora.kernels.gpu.reduce import sum_parts
 from moelora.kernels.gpu.side_stream import SideStream
 from moelora.kernels.gpu.tiles import rule, tile_for
 
@@ -61,7 +60,7 @@ def backward(
     """Gradients of everything, as in `dense.backward`."""
     x_TD, dtype = problem.x_TD, problem.x_TD.dtype
     part_rows = padded(problem.choice.num_experts, dtype) if problem.choice is not None else 0
-    columns = score_columns(len(problem.gates), part_rows)
+    columns = score_columns(len(problem.gates), part_rows, dtype)
     rows_ND, B_list = pack_backward(problem.A_list, problem.B_list, problem.gates, columns, dtype)
     orders = _orders(problem, chosen)
     P = padded_rank(problem.widest)
@@ -138,11 +137,7 @@ def _grad_A(
 def _grad_gates(problem: Problem, scores_TM: Tensor, part_rows: int) -> list[Tensor]:
     x_TD = problem.x_TD
     parts_SMD = gram(scores_TM, None, x_TD, tile_for("gram", x_TD.shape, scores_TM.shape[1], x_TD.dtype))
-    firsts = range(0, len(problem.gates) * part_rows, part_rows)
-    return [
-        sum_parts(parts_SMD[:, first : first + gate_ED.shape[0]], gate_ED.dtype)
-        for first, gate_ED in zip(firsts, problem.gates, strict=True)
-    ]
+    return gate_gradients(problem, parts_SMD, part_rows)
 
 
 def _through_choice(

@@ -7,6 +7,7 @@ called a hundred times in a step.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +121,8 @@ def problem_of(lists: Lists, settings: Settings) -> Problem:
 
 def _forward(*arguments: Any) -> list[Tensor]:
     lists, settings, keeps = _sorted(arguments, 1)
-    outputs, chosen, S = paths.forward(problem_of(lists, settings), keeps=keeps)
+    with _own_dtype(lists.x):
+        outputs, chosen, S = paths.forward(problem_of(lists, settings), keeps=keeps)
     return [*outputs, S, *(chosen if lists.gates else ())]
 
 
@@ -163,7 +165,8 @@ def _backward(*arguments: Any) -> list[Tensor]:
     problem = problem_of(lists, settings)
     experts_QTK, weights_QTK, *logits = lists.routing
     chosen = Chosen(experts_QTK, weights_QTK, logits[0] if logits else weights_QTK)
-    made = paths.backward(problem, chosen, S, grads, given, Needs(*needs))
+    with _own_dtype(lists.x):
+        made = paths.backward(problem, chosen, S, grads, given, Needs(*needs))
     weights = [made.weights_QTK] if made.weights_QTK is not None and needs[3] else []
     dx = [] if made.x_TD is None else [made.x_TD]
     return [*dx, *made.A_list, *made.B_list, *made.gates, *weights]
@@ -229,6 +232,12 @@ class _Mixture(torch.autograd.Function):
             for place in range(first, first + count) if needed else ():
                 result[place] = next(made)
         return (None, None, *result)
+
+
+def _own_dtype(x: Tensor) -> AbstractContextManager[object]:
+    """The operators compute in the dtype of x, also with autocast around them: their caller has cast what is to be."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _is_watched(x: Tensor) -> bool:

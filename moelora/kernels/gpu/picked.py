@@ -121,6 +121,8 @@ def picked_expand(
     if T == 0:
         return
 
+    ROWS = min(tile.rows, power_of_two(K * P))
+
     launch(
         _picked_expand,
         (T, cdiv(O, tile.columns)),
@@ -146,10 +148,11 @@ def picked_expand(
             "SPLIT": splits,
             "K": K,
             "P": P,
-            "ROWS": min(tile.rows, power_of_two(K * P)),
+            "ROWS": ROWS,
             "COLUMNS": tile.columns,
         },
-        warps=tile.warps,
+        # several rounds over the rows leave each thread less room
+        warps=tile.warps * (2 if K * P > ROWS else 1),
         stages=tile.stages,
     )
 

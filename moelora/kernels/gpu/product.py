@@ -52,6 +52,7 @@ def product(
     tile = for_rows(tile, x_TD, rows_PRD)
     tile = fitted(tile, tile.inner * (tile.rows + columns + tail), 0, x_TD)
     step = cdiv(cdiv(width, tile.split), tile.inner) * tile.inner
+    is_even = step * tile.split == width
     launch(
         _product,
         (cdiv(tokens, tile.rows) * projections * blocks, tile.split),
@@ -79,11 +80,12 @@ def product(
             "TAIL": tail,
             "SHARED": routers == 1,
             "HAS_ROWS": count > 0,
-            "EVEN": step * tile.split == width,
+            "EVEN": is_even,
             "DROPOUT": dropout > 0,
             "PRECISION": dot_precision(x_TD.dtype),
         },
-        warps=tile.warps,
+        # masks along the summed axis take registers
+        warps=tile.warps if is_even else 8,
         stages=tile.stages,
     )
     return parts_STN

@@ -13,22 +13,27 @@ from moelora.kernels.gpu.launch import cdiv, launch
 BLOCK = 1024
 
 
-def sum_parts(parts_SRO: Float[Tensor, "S R O"], out_dtype: torch.dtype) -> Float[Tensor, "R O"]:
-    """The sum over S of fp32 parts, rounded once, in a tensor of its own. Each part is contiguous, like a slice."""
+def sum_parts(
+    parts_SRO: Float[Tensor, "S R O"], out_dtype: torch.dtype, also_SRO: Float[Tensor, "S R O"] | None = None
+) -> Float[Tensor, "R O"]:
+    """The sum over S of fp32 parts, rounded once, in a tensor of its own. Each part is contiguous, like a slice.
+
+    `also_SRO` are more parts of the same sum, in the same tensor as the others.
+    """
     out_RO = parts_SRO.new_empty(parts_SRO.shape[1:], dtype=out_dtype)
     if out_RO.numel():
-        arguments = (parts_SRO, out_RO, parts_SRO.shape[0], parts_SRO.stride(0), out_RO.numel())
+        arguments = (parts_SRO, also_SRO, out_RO, parts_SRO.shape[0], parts_SRO.stride(0), out_RO.numel())
         launch(_sum_parts, (cdiv(out_RO.numel(), BLOCK),), arguments, {"BLOCK": BLOCK}, warps=4, stages=2)
     return out_RO
 
 
 @triton.jit
 @no_type_check
-def _sum_parts(parts_ptr, out_ptr, parts, part_stride, count, BLOCK: tl.constexpr):
+def _sum_parts(parts_ptr, also_ptr, out_ptr, parts, part_stride, count, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    part_at = parts_ptr + i
-    for _ in range(parts):
-        total += tl.load(part_at, mask=i < count, other=0.0)
-        part_at += part_stride
+    for part in range(parts):
+        total += tl.load(parts_ptr + part * tl.cast(part_stride, tl.int64) + i, mask=i < count, other=0.0)
+        if also_ptr is not None:
+            total += tl.load(also_ptr + part * tl.cast(part_stride, tl.int64) + i, mask=i < count, other=0.0)
     tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < count)
