@@ -50,6 +50,6 @@ def encoder_inputs(model, length=9):
 
 
 def cache_name(model):
-    """What a model calls its key-value cache, as an argument and in its output: the name changed in transformers 5.24."""
+    """What a model calls its cache, as an argument and in its output: the name changed in transformers 5.24."""
     known = inspect.signature(model.forward).parameters
     return next(name for name in ("cache", "past_key_values", "cache_params") if name in known)

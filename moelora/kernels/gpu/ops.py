@@ -178,8 +178,8 @@ def _as_rows(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _backward_fake(*arguments: Any) -> list[Tensor]:
-    lists, settings, S, grads, grad_weights, grad_logits, *needs = _sorted(arguments, 8)
-    needs_x, needs_A, needs_B, needs_router = needs
+    lists, _, *rest = _sorted(arguments, 8)
+    needs_x, needs_A, needs_B, needs_router = rest[-4:]
     made = [torch.empty_like(lists.x, memory_format=torch.contiguous_format)] if needs_x else []
     made += [torch.empty_like(A) for A in lists.A] if needs_A else []
     made += [torch.empty_like(B) for B in lists.B] if needs_B else []
@@ -196,8 +196,7 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx: Any, counts: tuple[int, ...], settings: Settings, *flat: Tensor) -> tuple[Tensor, ...]:
         lists = _unflatten(flat, counts)
         results = _below(torch.ops.moelora.mixture.default, _forward, (*lists, *settings, True))
-        projections = len(lists.A)
-        outputs, (S, *chosen) = results[:projections], results[projections:]
+        S, *chosen = results[len(lists.A) :]
         # the outputs of the bases are not needed any more; what the routers chose is
         kept = lists._replace(bases=[], routing=chosen or lists.routing)
         ctx.save_for_backward(S, *_flatten(kept)[0])

@@ -1,8 +1,8 @@
 """Factors in the dtype and the order of the products. Begin with pack_forward.
 
-Trained rows are fp32 and x mostly is not: once a call, a projection's rows of A and B and its router's weight are brought
-to x's dtype in one launch. A router scores in fp32: its weight is cut into three 16-bit parts whose sum is the fp32
-number, and the scores by the parts are added up.
+Trained rows are fp32 and x mostly is not: once a call, a projection's rows of A and B and its router's weight are
+brought to x's dtype in one launch. A router scores in fp32: its weight is cut into three 16-bit parts whose sum is the
+fp32 number, and the scores by the parts are added up.
 """
 
 from typing import NamedTuple, no_type_check
