@@ -33,6 +33,8 @@ class Siblings:
     anew, since any of it may change.
     """
 
+    layers: "tuple[MoELoRALinear, ...]"
+
     def __init__(self, layers: "Sequence[MoELoRALinear]") -> None:
         self.layers = tuple(layers)
 

@@ -25,8 +25,11 @@ class SideStream:
         wanted: False for work in the current stream in any case.
     """
 
+    main: torch.cuda.Stream | None
+    side: torch.cuda.Stream | None
+
     def __init__(self, device: torch.device, *, wanted: bool = True) -> None:
-        self.main = self.side = None
+        self.main, self.side = None, None
         if wanted and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.main, self.side = torch.cuda.current_stream(device), _stream_of(device)
             self.side.wait_stream(self.main)
