@@ -20,7 +20,7 @@ from moelora.routing import Routing, dense_weights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-LARGEST_TOP_K = 16
+LARGEST_TOP_K = 8
 """Experts per token up to which "auto" takes the kernels: their code grows with it."""
 
 

@@ -241,7 +241,8 @@ def _own_dtype(x: Tensor) -> AbstractContextManager[object]:
 
 def _is_watched(x: Tensor) -> bool:
     """Whether somebody traces operators or looks on. Else their bodies may run alone: lists take long to dispatch."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) not in PLAIN
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return traced or x.is_meta or type(x) not in PLAIN
 
 
 def _below(operator: Any, run: Callable[..., list[Tensor]], arguments: tuple[Any, ...]) -> list[Tensor]:

@@ -42,11 +42,11 @@ def fitted(tile: Tile, numbers: int, fixed: int, like: Tensor) -> Tile:
 
 
 def for_rows(tile: Tile, *matrices: Tensor | None) -> Tile:
-    """The tile; where rows of a matrix do not begin at multiples of 16 bytes, a smaller one of a product.
+    """The tile; where the stride of a matrix's rows is no multiple of 16 numbers, a smaller one of a product.
 
-    Such rows are copied number by number and through registers, in which a large tile has no room.
+    Triton knows of no alignment then. Such rows are copied number by number and through registers, in which a large
+    tile has no room.
     """
-    strides = [matrix.stride(-2) * matrix.element_size() for matrix in matrices if matrix is not None]
-    if all(stride % 16 == 0 for stride in strides):
+    if all(matrix.stride(-2) % 16 == 0 for matrix in matrices if matrix is not None):
         return tile
     return tile._replace(inner=32, warps=8, stages=2)
