@@ -128,7 +128,7 @@ class MoELoRALinear(nn.Module):
                     routings[number if len(routings) > 1 else 0],
                     len(routings) == 1 and layer is not self,
                 )
-                output = outputs[number].view(*x.shape[:-1], -1)
+                output = outputs[number].view(*x.shape[:-1], layer.out_features)
                 self.tape.hand_on(layer.site, x, (output, routing, repeated))
             handed = self.tape.take(self.site, x)
             assert handed is not None
@@ -150,7 +150,7 @@ class MoELoRALinear(nn.Module):
         )
         if routing is None and self.shared_router:
             self.tape.share(id(self.router), x, made)
-        return mixed_TO.view(*x.shape[:-1], -1), made, repeated
+        return mixed_TO.view(*x.shape[:-1], self.out_features), made, repeated
 
     def _route(self, x: Tensor, x_TD: Tensor, fixed: FixedMixture | None) -> tuple[Routing, bool]:
         """Who acts on which token, and whether the router has told another layer already."""

@@ -181,6 +181,15 @@ def test_a_layer_that_is_called_with_another_input_computes_anew():
         torch.testing.assert_close(attention.k_proj(x), attention.k_proj(x.clone()))
 
 
+@torch.no_grad()
+def test_an_empty_input_has_an_empty_output():
+    """No rows, no tokens: shapes are those of the base, for a layer alone and for q, k and v together."""
+    attention = build("triton").model.layers[0].self_attn
+    for layer in (attention.q_proj, attention.k_proj, attention.o_proj):
+        for leading in ((0,), (0, 5), (2, 0)):
+            assert layer(torch.zeros(*leading, layer.in_features, device=DEVICE)).shape == (*leading, layer.out_features)
+
+
 def test_dropout_spares_evaluation_and_follows_the_seed():
     """Training steps differ by chance alone, and not in evaluation."""
     model = build("triton", dropout=0.5).train()
