@@ -3,10 +3,9 @@
 import torch
 from torch import nn
 
-from moelora.kernels.fused import Linear
+from moelora.kernels.fused import PLAIN, Linear
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def frozen_linear(base: nn.Module, dtype: torch.dtype) -> Linear | None:

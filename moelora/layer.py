@@ -2,7 +2,6 @@
 
 from typing import Any, final
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -10,10 +9,10 @@ from moelora.bank import ExpertBank
 from moelora.call_settings import FixedMixture
 from moelora.frozen_linear import frozen_linear
 from moelora.kernels.api import mix
-from moelora.kernels.fused import mix_fused, operators, runs
+from moelora.kernels.fused import arithmetic_dtype, mix_fused, operators, runs
 from moelora.routers.base import AbstractRouter
 from moelora.routing import Routing
-from moelora.siblings import Siblings
+from moelora.siblings import Siblings, Together
 from moelora.tape import Tape
 
 
@@ -82,10 +81,10 @@ class MoELoRALinear(nn.Module):
 
         # add to the base what the experts know that act on each token
         tape.leading = x.shape[:-1]
-        fixed, dtype = settings.fixed, arithmetic_dtype(x)
+        fixed = settings.fixed
         top_k = router.top_k if fixed is None else fixed.experts_NK.shape[1]
-        mix = self._mix_fused if runs(x, dtype, self.backend, top_k) else self._mix
-        mixed, routing, repeated = mix(x, fixed)
+        way = self._mix_fused if runs(x, self.backend, top_k) else self._mix
+        mixed, routing, repeated = way(x, fixed)
 
         if tape.collecting:
             tape.write(self.site, routing, reads_encoder=self.reads_encoder, repeated=repeated)
@@ -116,23 +115,9 @@ class MoELoRALinear(nn.Module):
         gate = self.router.linear_gate() if fixed is None else None
         known = self.tape.shared(id(self.router), x) if self.shared_router else None
 
-        # several layers at once
         together = self.siblings.together(dtype) if self.siblings and gate is not None and known is None else None
         if together is not None:
-            banks = [layer.bank.factors() for layer in together.layers]
-            outputs, routings = mix_fused(
-                x_TD, together.linears, banks, together.gates, every_token=True, dropout=dropout
-            )
-            for number, layer in enumerate(together.layers):
-                routing, repeated = (
-                    routings[number if len(routings) > 1 else 0],
-                    len(routings) == 1 and layer is not self,
-                )
-                output = outputs[number].view(*x.shape[:-1], layer.out_features)
-                self.tape.hand_on(layer.site, x, (output, routing, repeated))
-            handed = self.tape.take(self.site, x)
-            assert handed is not None
-            return handed
+            return self._mix_together(x, x_TD, together, dropout)
 
         # this one alone; the base is only left to the operator where no row must be the base's own
         every_token = fixed is None and self.router.every_token
@@ -151,6 +136,22 @@ class MoELoRALinear(nn.Module):
         if routing is None and self.shared_router:
             self.tape.share(id(self.router), x, made)
         return mixed_TO.view(*x.shape[:-1], self.out_features), made, repeated
+
+    def _mix_together(self, x: Tensor, x_TD: Tensor, them: Together, dropout: float) -> tuple[Tensor, Routing, bool]:
+        """The same of all layers that read this input; what is another's is handed on to it."""
+        banks = [layer.bank.factors() for layer in them.layers]
+        outputs, routings = mix_fused(x_TD, them.linears, banks, them.gates, every_token=True, dropout=dropout)
+        shared = len(routings) == 1
+        made = [
+            (output.view(*x.shape[:-1], layer.out_features), routing, shared and layer is not self)
+            for layer, output, routing in zip(
+                them.layers, outputs, routings * (len(outputs) if shared else 1), strict=True
+            )
+        ]
+        for layer, result in zip(them.layers, made, strict=True):
+            if layer is not self:
+                self.tape.hand_on(layer.site, x, result)
+        return made[them.layers.index(self)]
 
     def _route(self, x: Tensor, x_TD: Tensor, fixed: FixedMixture | None) -> tuple[Routing, bool]:
         """Who acts on which token, and whether the router has told another layer already."""
@@ -190,9 +191,3 @@ class MoELoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"site={self.site!r}"
-
-
-def arithmetic_dtype(x: Tensor) -> torch.dtype:
-    """What a linear of this input computes in: its own dtype, or autocast's."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

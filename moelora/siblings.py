@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from moelora.layer import MoELoRALinear
 
 MOST = 4
-"""Layers that run together; more would not fit the kernels' registers."""
+"""Layers that run together: the backward pass's kernel in rank space is unrolled over them."""
 
 
 class Together(NamedTuple):
     """What an operator for several layers needs to know of them."""
 
-    layers: "Sequence[MoELoRALinear]"
+    layers: "tuple[MoELoRALinear, ...]"
     linears: list[Linear]
     gates: list[LinearGate]
 
@@ -40,21 +40,18 @@ class Siblings:
 
     def together(self, dtype: torch.dtype) -> Together | None:
         """All of them, if they can run as one."""
-        layers, first = self.layers, self.layers[0]
+        layers, linears, gates, kinds = self.layers, [], [], []
         if not 1 < len(layers) <= MOST:
             return None
-        linears, gates = [], []
         for layer in layers:
             linear, gate = frozen_linear(layer.base, dtype), layer.router.linear_gate()
-            if linear is None or gate is None or (linear.bias_O is None) != (first.base.bias is None):
+            if linear is None or gate is None or layer.router.num_experts != len(layer.bank):
                 return None
-            alike = (layer.bank.layout, layer.backend, layer.dropout, layer.training, layer.shared_router, *gate[1:])
-            known = (first.bank.layout, first.backend, first.dropout, first.training, first.shared_router)
-            if alike != (*known, *(gates[0] if gates else gate)[1:]) or layer.router.num_experts != len(layer.bank):
-                return None
+            settings = (layer.backend, layer.dropout, layer.training, layer.shared_router)
+            kinds.append((layer.bank.layout, *settings, linear.bias_O is None, *gate[1:]))
             linears.append(linear)
             gates.append(gate)
-        one_router = all(layer.router is first.router for layer in layers)
-        if first.shared_router != one_router:
+        one_router = all(layer.router is layers[0].router for layer in layers)
+        if any(kind != kinds[0] for kind in kinds) or layers[0].shared_router != one_router:
             return None
         return Together(layers, linears, gates[:1] if one_router else gates)

@@ -5,16 +5,13 @@ The tests around these may interpret kernels, which is decided once for a proces
 of its own. They share one cache of Triton's.
 """
 
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import triton
 from hypothesis import given
 from hypothesis import strategies as st
+from without_gpu import run, write_kernels
 
 from moelora.kernels.gpu.launch import cdiv, power_of_two
 
@@ -104,29 +101,7 @@ x = torch.empty(256)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the kernels' file and Triton's cache are."""
-    made = tmp_path_factory.mktemp("launch")
-    (made / "kernels_here.py").write_text(KERNELS)
-    return made
-
-
-def run(folder: Path, script: str, **variables: str) -> None:
-    """Run a script that has all of KERNELS, in a fresh process that sees no GPU."""
-    root = Path(__file__).parents[1]
-    paths = [str(root), str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
-        "TRITON_CACHE_DIR": str(folder / "cache"),
-    }
-    finished = subprocess.run(
-        [sys.executable, "-c", "import kernels_here\nfrom kernels_here import *\n" + textwrap.dedent(script)],
-        env=environment | variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    return write_kernels(tmp_path_factory.mktemp("launch"), KERNELS)
 
 
 @given(st.integers(0, 2**40), st.integers(1, 2**20))

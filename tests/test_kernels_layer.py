@@ -187,7 +187,10 @@ def test_an_empty_input_has_an_empty_output():
     attention = build("triton").model.layers[0].self_attn
     for layer in (attention.q_proj, attention.k_proj, attention.o_proj):
         for leading in ((0,), (0, 5), (2, 0)):
-            assert layer(torch.zeros(*leading, layer.in_features, device=DEVICE)).shape == (*leading, layer.out_features)
+            assert layer(torch.zeros(*leading, layer.in_features, device=DEVICE)).shape == (
+                *leading,
+                layer.out_features,
+            )
 
 
 def test_dropout_spares_evaluation_and_follows_the_seed():

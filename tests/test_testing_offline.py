@@ -4,13 +4,12 @@ The tests around these may interpret kernels, and jit decides that once for a pr
 process of its own, without TRITON_INTERPRET. They share one cache of Triton's.
 """
 
-import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
+from without_gpu import run, write_kernels
 
 # Triton reads the source of a kernel from its file.
 KERNELS = """
@@ -62,28 +61,7 @@ def on_meta(*shape, dtype=torch.bfloat16):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the kernels' file and Triton's cache are."""
-    made = tmp_path_factory.mktemp("offline")
-    (made / "kernels_here.py").write_text(KERNELS)
-    return made
-
-
-def run(folder: Path, script: str, **variables: str) -> None:
-    """Run a script that has all of KERNELS, in a fresh process that sees no GPU."""
-    root = Path(__file__).parents[1]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{root}{os.pathsep}{folder}",
-        "TRITON_CACHE_DIR": str(folder / "cache"),
-    }
-    finished = subprocess.run(
-        [sys.executable, "-c", "import kernels_here\nfrom kernels_here import *\n" + textwrap.dedent(script)],
-        env=environment | variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr[-4000:]
+    return write_kernels(tmp_path_factory.mktemp("offline"), KERNELS)
 
 
 def test_tensor_cores_are_told_apart(folder: Path):

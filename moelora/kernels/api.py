@@ -35,7 +35,7 @@ def mix(
         ValueError: for an unknown backend.
         RuntimeError: if Triton was asked for where it cannot run.
     """
-    if runs(x_TD, x_TD.dtype, backend, routing.experts_TK.shape[1]):
+    if runs(x_TD, backend, routing.experts_TK.shape[1]):
         (mixed_TO,), _ = mix_fused(x_TD, [base_TO], [factors], routing, every_token=every_token)
         return mixed_TO
     if backend == "auto":

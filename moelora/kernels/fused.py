@@ -18,6 +18,9 @@ from moelora.kernels.gate import LinearGate
 from moelora.kernels.torch_paths import add
 from moelora.routing import Routing, dense_weights
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Kinds of tensors that are no more than they look: not quantised, sharded or traced."""
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 LARGEST_TOP_K = 8
@@ -42,20 +45,26 @@ def operators() -> ModuleType | None:
     return ops
 
 
-def runs(x: Tensor, dtype: torch.dtype, backend: str, top_k: int) -> bool:
-    """Whether a mixture of this input, computed in this dtype with K experts a token, is the Triton operators'.
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """What a linear of this input computes in: its own dtype, or autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def runs(x: Tensor, backend: str, top_k: int) -> bool:
+    """Whether a mixture of this input, with K experts a token, is the Triton operators'.
 
     Raises:
         RuntimeError: if Triton was asked for where it cannot run.
     """
     if backend == "auto":
-        return x.is_cuda and dtype in DTYPES and top_k <= LARGEST_TOP_K and operators() is not None
+        return x.is_cuda and arithmetic_dtype(x) in DTYPES and top_k <= LARGEST_TOP_K and operators() is not None
     if backend != "triton":
         return False
     if operators() is None or (torch.cuda.is_available() and not x.is_cuda):
         raise RuntimeError(f"backend='triton' needs Triton and CUDA tensors, got one on {x.device}; use backend='auto'")
-    if dtype not in DTYPES:
-        raise RuntimeError(f"backend='triton' computes in {DTYPES}, got {dtype}; use backend='auto'")
+    if arithmetic_dtype(x) not in DTYPES:
+        raise RuntimeError(f"backend='triton' computes in {DTYPES}, got {arithmetic_dtype(x)}; use backend='auto'")
     return True
 
 
@@ -100,6 +109,7 @@ def mix_fused(
         [linear.weight_OD for linear in linears],
         [linear.bias_O for linear in linears if linear.bias_O is not None],
         list(owners),
+        # of the device's own generator, which checkpointing and CUDA graphs restore
         [torch.randint(2**31, (1,), device=x_TD.device)] if dropout else [],
     )
     settings = ops.Settings(

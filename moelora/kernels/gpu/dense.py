@@ -4,6 +4,7 @@ It costs T x R whatever is chosen, and needs no order of the tokens; up to some 
 than reading x and writing the output. One pass over x serves A and the router, and all projections of the same input.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moelora.kernels.gpu.expand import expand
-from moelora.kernels.gpu.finish_backward import finish_backward, score_columns
+from moelora.kernels.gpu.finish_backward import finish_backward, score_columns, score_parts
 from moelora.kernels.gpu.finish_forward import Chosen, finish_forward, new_chosen
 from moelora.kernels.gpu.gram import gram
 from moelora.kernels.gpu.linear import Add, add_to_base, input_gradient
@@ -67,7 +68,7 @@ def forward(problem: Problem, *, keeps: bool) -> tuple[list[Tensor], Chosen, Ten
 
     outputs = []
     for projection, B_RO in enumerate(packed.B_list):
-        router = projection if chosen.experts_QTK.shape[0] > 1 else 0
+        router = chosen.router_of(projection)
         idle = None if problem.every_token else (chosen.experts_QTK[router], chosen.weights_QTK[router])
         outputs.append(mix(problem, projection, partial(_expand, gated_TPR[:, projection], B_RO, idle=idle)))
     return outputs, chosen, S_TPR
@@ -115,19 +116,33 @@ def backward(
         parts_STN, S_TPR, chosen, problem.owners.owner_PR, problem.owners.scale_PE, choice, part_rows, given
     )
 
-    # the factors' gradients read memory and little else, so they run beside the base's product
     def of_factors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         wanted = range(projections if needs.B else 0)
         dB = [_grad_B(problem, rank.gated_TPR, grads, projection) for projection in wanted]
         return dB, *_grad_A(problem, rank.rank_TN, part_rows, needs)
 
-    beside = bool(problem.weights_OD) and needs.x and tokens >= rule("beside_tokens")
-    side, dx_TD = SideStream(x_TD.device, wanted=beside), None
+    add = partial(_expand_x, problem, rank.rank_TN, rows_ND)
+    return beside_the_base(problem, grads, needs, of_factors, add, rank.dweights_QTK)
+
+
+def beside_the_base(
+    problem: Problem,
+    grads: list[Tensor | None],
+    needs: Needs,
+    of_factors: Callable[[], tuple[list[Tensor], list[Tensor], list[Tensor]]],
+    add: Add,
+    dweights_QTK: Tensor | None,
+) -> Gradients:
+    """All gradients: those of the factors (B, A, routers), which mostly read memory, beside the base's product.
+
+    `add` adds the mixture's part to dx.
+    """
+    large = bool(problem.weights_OD) and needs.x and problem.x_TD.shape[0] >= rule("beside_tokens")
+    side = SideStream(problem.x_TD.device, wanted=large)
     dB, dA, dgates = side.run(of_factors)
-    if needs.x:
-        dx_TD = input_gradient(grads, problem.weights_OD, x_TD, partial(_expand_x, problem, rank.rank_TN, rows_ND))
+    dx_TD = input_gradient(grads, problem.weights_OD, problem.x_TD, add) if needs.x else None
     side.join([*dB, *dA, *dgates])
-    return Gradients(dx_TD, dA, dB, dgates, rank.dweights_QTK)
+    return Gradients(dx_TD, dA, dB, dgates, dweights_QTK)
 
 
 def mix(problem: Problem, projection: int, add: Add, *, with_bias: bool = True) -> Tensor:
@@ -199,7 +214,7 @@ def _grad_A(problem: Problem, rank_TN: Tensor, part_rows: int, needs: Needs) -> 
 
 def gate_gradients(problem: Problem, tail_SMD: Tensor, part_rows: int) -> list[Tensor]:
     """Of the routers' weights, from the products of x with the columns of their scores; in 16 bits, with both parts."""
-    made, both = [], problem.x_TD.dtype is not torch.float32
+    made, both = [], score_parts(problem.x_TD.dtype) == 2
     for router, gate_ED in enumerate(problem.gates):
         first, rest = router * part_rows, (len(problem.gates) + router) * part_rows
         experts = gate_ED.shape[0]

@@ -1,19 +1,12 @@
 """Dropout by counting: whether an element is kept follows from a seed and its place, so no mask is stored.
 
-Begin with keep; `new_seed` draws the seed.
+Begin with keep.
 """
 
 from typing import no_type_check
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-
-def new_seed(device: torch.device) -> Tensor:
-    """A fresh seed from the device's generator, which checkpointing and CUDA graphs restore: one integer."""
-    return torch.randint(2**31, (1,), device=device, dtype=torch.int64)
 
 
 @triton.jit

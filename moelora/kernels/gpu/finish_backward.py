@@ -38,8 +38,12 @@ class RankGradients(NamedTuple):
 
 def score_columns(routers: int, part_rows: int, dtype: torch.dtype) -> int:
     """Columns that the scores of Q routers take in `RankGradients.rank_TN`."""
-    parts = 1 if dtype is torch.float32 else 2
-    return max(16, power_of_two(routers * part_rows * parts)) if part_rows else 0
+    return max(16, power_of_two(routers * part_rows * score_parts(dtype))) if part_rows else 0
+
+
+def score_parts(dtype: torch.dtype) -> int:
+    """In how many numbers a score's gradient stands there: itself in fp32, else rounded and what that took."""
+    return 1 if dtype is torch.float32 else 2
 
 
 def finish_backward(
@@ -103,7 +107,7 @@ def finish_backward(
                 "COMBINE": "given" if choice is None else choice.combine,
                 "PART_ROWS": max(1, part_rows),
                 "LOGIT_COLUMNS": columns,
-                "SCORE_PARTS": 1 if S_TPR.dtype is torch.float32 else 2,
+                "SCORE_PARTS": score_parts(S_TPR.dtype),
             },
             warps=4,
             stages=2,

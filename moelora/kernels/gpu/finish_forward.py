@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moelora.kernels.gpu.choose import choose, store_choice
 from moelora.kernels.gpu.launch import cdiv, launch, power_of_two
+from moelora.kernels.gpu.pack import num_parts
 
 ROWS = 32
 COLUMNS = 128
@@ -32,6 +33,10 @@ class Chosen(NamedTuple):
     experts_QTK: Tensor
     weights_QTK: Tensor
     logits_QTE: Tensor
+
+    def router_of(self, projection: int) -> int:
+        """The number of the router that answered for a projection: its own, or the only one."""
+        return projection if self.experts_QTK.shape[0] > 1 else 0
 
 
 def new_chosen(choice: Choice, routers: int, tokens: int, device: torch.device) -> Chosen:
@@ -97,7 +102,7 @@ def finish_forward(
                 "BLOCKS": cdiv(count, COLUMNS),
                 "SPLIT": split,
                 "TAIL": tail,
-                "PARTS": 1 if dtype is torch.float32 else 4,
+                "PARTS": num_parts(dtype),
                 "SHARED": routers == 1,
                 "TOP_K": top_k,
                 "COMBINE": "given" if choice is None else choice.combine,

@@ -40,7 +40,7 @@ def gram(
     parts_SNO = make(tile.split, total, width, dtype=torch.float32, device=wide_TO.device)
     if not tokens or not total:
         return parts_SNO
-    columns = max(16, min(tile.columns, power_of_two(max(count, 1))))
+    columns = max(16, min(tile.columns, power_of_two(count)))
     blocks = max(1, cdiv(count, columns))
     tile = for_rows(tile, left_TN, tail_TM, wide_TO)
     tile = fitted(tile, tile.inner * (tile.rows + columns + tail), 0, wide_TO)

@@ -10,19 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelora.kernels.gpu.dense import Gradients, Needs, choose_alone, gate_gradients, given_choice, mix
+from moelora.kernels.gpu.dense import Gradients, Needs, beside_the_base, choose_alone, gate_gradients, given_choice, mix
 from moelora.kernels.gpu.finish_backward import finish_backward, score_columns
 from moelora.kernels.gpu.finish_forward import Chosen
 from moelora.kernels.gpu.gram import gram
 from moelora.kernels.gpu.grouped_expand import grouped_expand
 from moelora.kernels.gpu.grouped_gram import grouped_gram
 from moelora.kernels.gpu.grouped_shrink import grouped_shrink, grouped_shrink_backward, padded_rank
-from moelora.kernels.gpu.linear import input_gradient
 from moelora.kernels.gpu.order import Order, sort_by_expert
 from moelora.kernels.gpu.pack import Packed, pack_backward, pack_forward, padded
 from moelora.kernels.gpu.problem import Problem
-from moelora.kernels.gpu.side_stream import SideStream
-from moelora.kernels.gpu.tiles import rule, tile_for
+from moelora.kernels.gpu.tiles import tile_for
 
 
 def kept_shape(tokens: int, top_k: int, widest: int) -> tuple[int, int, int]:
@@ -39,7 +37,7 @@ def forward(problem: Problem, *, keeps: bool) -> tuple[list[Tensor], Chosen, Ten
 
     outputs, kept = [], []
     for projection in range(len(problem.A_list)):
-        order, index = orders[_router(chosen, projection)], _index(problem, projection)
+        order, index = orders[chosen.router_of(projection)], _index(problem, projection)
         S_TKP = grouped_shrink(problem.x_TD, packed.A_PRD[projection], order, *index, problem.widest, tile)
         add = partial(_expand_one, problem, packed, S_TKP, chosen, order, projection)
         outputs.append(mix(problem, projection, add, with_bias=False))
@@ -58,7 +56,7 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Gradients of everything, as in `dense.backward`."""
-    x_TD, dtype = problem.x_TD, problem.x_TD.dtype
+    dtype = problem.x_TD.dtype
     part_rows = padded(problem.choice.num_experts, dtype) if problem.choice is not None else 0
     columns = score_columns(len(problem.gates), part_rows, dtype)
     rows_ND, B_list = pack_backward(problem.A_list, problem.B_list, problem.gates, columns, dtype)
@@ -69,7 +67,7 @@ def backward(
     dS = []
     dweights_QTK = torch.zeros_like(chosen.weights_QTK) if given[0] is None else given[0].clone()
     for projection, grad_TO in enumerate(grads):
-        router = _router(chosen, projection)
+        router = chosen.router_of(projection)
         order, S_TKP = orders[router], S_PTKP[projection]
         if grad_TO is None:
             dS.append(torch.zeros_like(S_TKP))
@@ -92,7 +90,6 @@ def backward(
     if problem.choice is not None:
         scores_TM = _through_choice(problem, chosen, dweights_QTK, given[1], part_rows)
 
-    # the factors' gradients read memory and little else, so they run beside the base's product
     def of_factors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         every = range(len(grads))
         dB = [_grad_B(problem, chosen, orders, S_PTKP, grads, each) for each in every] if needs.B else []
@@ -101,20 +98,14 @@ def backward(
             return dB, dA, []
         return dB, dA, _grad_gates(problem, scores_TM, part_rows)
 
-    beside = bool(problem.weights_OD) and needs.x and x_TD.shape[0] >= rule("beside_tokens")
-    side, dx_TD = SideStream(x_TD.device, wanted=beside), None
-    dB, dA, dgates = side.run(of_factors)
-    if needs.x:
-        add = partial(_expand_x, problem, rows_ND, dS, scores_TM, chosen, orders)
-        dx_TD = input_gradient(grads, problem.weights_OD, x_TD, add)
-    side.join([*dB, *dA, *dgates])
-    return Gradients(dx_TD, dA, dB, dgates, None if problem.gates else dweights_QTK)
+    add = partial(_expand_x, problem, rows_ND, dS, scores_TM, chosen, orders)
+    return beside_the_base(problem, grads, needs, of_factors, add, None if problem.gates else dweights_QTK)
 
 
 def _grad_B(
     problem: Problem, chosen: Chosen, orders: list[Order], S_PTKP: Tensor, grads: Any, projection: int
 ) -> Tensor:
-    B_RO, grad_TO, router = problem.B_list[projection], grads[projection], _router(chosen, projection)
+    B_RO, grad_TO, router = problem.B_list[projection], grads[projection], chosen.router_of(projection)
     if grad_TO is None:
         return torch.zeros_like(B_RO)
     tile = tile_for("grouped_gram", grad_TO.shape, padded_rank(problem.widest), grad_TO.dtype)
@@ -126,7 +117,7 @@ def _grad_B(
 def _grad_A(
     problem: Problem, chosen: Chosen, orders: list[Order], dS: list[Tensor], grads: Any, projection: int
 ) -> Tensor:
-    A_RD, x_TD, order = problem.A_list[projection], problem.x_TD, orders[_router(chosen, projection)]
+    A_RD, x_TD, order = problem.A_list[projection], problem.x_TD, orders[chosen.router_of(projection)]
     if grads[projection] is None:
         return torch.zeros_like(A_RD)
     tile = tile_for("grouped_gram", x_TD.shape, padded_rank(problem.widest), x_TD.dtype)
@@ -163,10 +154,6 @@ def _orders(problem: Problem, chosen: Chosen) -> list[Order]:
     ]
 
 
-def _router(chosen: Chosen, projection: int) -> int:
-    return projection if chosen.experts_QTK.shape[0] > 1 else 0
-
-
 def _index(problem: Problem, projection: int) -> tuple[Tensor, Tensor]:
     return problem.owners.starts_PE[projection], problem.owners.ranks_PE[projection]
 
@@ -188,7 +175,7 @@ def _expand_one(
     tile = tile_for("grouped_expand", out_TO.shape, padded_rank(problem.widest), problem.x_TD.dtype)
     grouped_expand(
         S_TKP,
-        chosen.weights_QTK[_router(chosen, projection)],
+        chosen.weights_QTK[chosen.router_of(projection)],
         problem.owners.scale_PE[projection],
         packed.B_list[projection],
         out_TO,
@@ -213,7 +200,7 @@ def _expand_x(
     tile = tile_for("grouped_expand", out_TD.shape, padded_rank(problem.widest), out_TD.dtype)
     rows = problem.rows
     for projection, dS_TKP in enumerate(dS):
-        order = orders[_router(chosen, projection)]
+        order = orders[chosen.router_of(projection)]
         grouped_expand(
             dS_TKP,
             None,

@@ -169,6 +169,53 @@ def _multiply(
 
 @triton.jit
 @no_type_check
+def _multiply_tile(
+    wide_ptr,
+    factor_ptr,
+    tiles_ptr,
+    tokens_ptr,
+    starts_ptr,
+    ranks_ptr,
+    tokens,
+    width,
+    wide_stride,
+    factor_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """This program's tile: expert, tokens, which of them exist, columns of P, and the products of the two."""
+    # the tiles of one expert run side by side, so that its rows stay in L2
+    tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    expert, _, token, is_token, start, rank = tile_at(
+        tiles_ptr, tokens_ptr, starts_ptr, ranks_ptr, slot, tile, tl.num_programs(0), tokens, ROWS
+    )
+    j = part * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.where(part * COLUMNS < rank, width, 0)
+    acc = _multiply(
+        wide_ptr,
+        factor_ptr,
+        token,
+        is_token,
+        start + j,
+        j < rank,
+        depth,
+        width,
+        wide_stride,
+        factor_stride,
+        ROWS,
+        COLUMNS,
+        INNER,
+        EVEN,
+        PRECISION,
+    )
+    return expert, token, is_token, j, acc
+
+
+@triton.jit
+@no_type_check
 def _shrink(
     x_ptr,
     A_ptr,
@@ -188,22 +235,14 @@ def _shrink(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # the tiles of one expert run side by side, so that its rows stay in L2
-    tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slots = tl.num_programs(1)
-    _, _, token, is_token, start, rank = tile_at(
-        tiles_ptr, tokens_ptr, starts_ptr, ranks_ptr, slot, tile, tl.num_programs(0), tokens, ROWS
-    )
-    j = part * COLUMNS + tl.arange(0, COLUMNS)
-    depth = tl.where(part * COLUMNS < rank, width, 0)
-    s = _multiply(
+    _, token, is_token, j, s = _multiply_tile(
         x_ptr,
         A_ptr,
-        token,
-        is_token,
-        start + j,
-        j < rank,
-        depth,
+        tiles_ptr,
+        tokens_ptr,
+        starts_ptr,
+        ranks_ptr,
+        tokens,
         width,
         x_stride,
         A_stride,
@@ -213,6 +252,7 @@ def _shrink(
         EVEN,
         PRECISION,
     )
+    slot, slots = tl.program_id(1), tl.num_programs(1)
     s_at = s_ptr + (token * slots + slot)[:, None] * P + j[None, :]
     tl.store(s_at, s.to(s_ptr.dtype.element_ty), mask=is_token[:, None])
 
@@ -243,21 +283,14 @@ def _shrink_backward(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile, slot, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slots = tl.num_programs(1)
-    expert, _, token, is_token, start, rank = tile_at(
-        tiles_ptr, tokens_ptr, starts_ptr, ranks_ptr, slot, tile, tl.num_programs(0), tokens, ROWS
-    )
-    j = part * COLUMNS + tl.arange(0, COLUMNS)
-    depth = tl.where(part * COLUMNS < rank, width, 0)
-    u = _multiply(
+    expert, token, is_token, j, u = _multiply_tile(
         grad_ptr,
         B_ptr,
-        token,
-        is_token,
-        start + j,
-        j < rank,
-        depth,
+        tiles_ptr,
+        tokens_ptr,
+        starts_ptr,
+        ranks_ptr,
+        tokens,
         width,
         grad_stride,
         B_stride,
@@ -267,7 +300,7 @@ def _shrink_backward(
         EVEN,
         PRECISION,
     )
-
+    slot, slots, part = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     has_expert = is_token & (expert >= 0)
     scale = tl.load(scale_ptr + expert, mask=expert >= 0, other=0.0)
     weight = tl.load(weights_ptr + token * weights_stride + slot, mask=has_expert, other=0.0)

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moelora.kernels.fused import PLAIN
 from moelora.kernels.gpu import paths
 from moelora.kernels.gpu.dense import Needs
 from moelora.kernels.gpu.finish_forward import Choice, Chosen
 from moelora.kernels.gpu.problem import Index, Problem
-
-PLAIN = (Tensor, torch.nn.Parameter)
 
 LIBRARY = torch.library.Library("moelora", "DEF")
 

@@ -41,13 +41,18 @@ def padded(experts: int, dtype: torch.dtype) -> int:
     return max(16 if dtype is torch.float32 else 4, power_of_two(experts))
 
 
+def num_parts(dtype: torch.dtype) -> int:
+    """Parts of a router's weight: itself in fp32, else three and one of zeros, to be a power of two."""
+    return 1 if dtype is torch.float32 else 4
+
+
 def pack_forward(A_list: list[Tensor], B_list: list[Tensor], gates: list[Tensor], dtype: torch.dtype) -> Packed:
     """The factors of P projections and the weights of their Q routers (none, one for all, or one each)."""
     (rows, width), device = A_list[0].shape, A_list[0].device
     keeps_A = len(A_list) == 1 and _is_ready(A_list[0], dtype)
     A_PRD = A_list[0][None] if keeps_A else torch.empty(len(A_list), rows, width, dtype=dtype, device=device)
     packed_B = [B if _is_ready(B, dtype) else torch.empty(B.shape, dtype=dtype, device=device) for B in B_list]
-    tails_QMD, parts = None, 1 if dtype is torch.float32 else 4
+    tails_QMD, parts = None, num_parts(dtype)
     scale = FP16_SCALE if dtype is torch.float16 else 1.0
     if gates:
         part_rows = padded(gates[0].shape[0], dtype)

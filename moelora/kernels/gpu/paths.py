@@ -1,22 +1,23 @@
-"""The path that a call takes: forward and backward of the operators. Begin with forward."""
+"""The path that a call takes, from shapes alone: forward and backward of the operators. Begin with forward."""
 
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
 from moelora.kernels.gpu import dense, grouped, picks
 from moelora.kernels.gpu.finish_forward import Chosen
-from moelora.kernels.gpu.path import path_of
 from moelora.kernels.gpu.problem import Problem
+from moelora.kernels.gpu.tiles import rule
 
 
 def forward(problem: Problem, *, keeps: bool) -> tuple[list[Tensor], Chosen, Tensor]:
     """The outputs, what acts, and what the backward pass wants to know of the rank rows (empty unless `keeps`)."""
-    path = _path(problem, keeps=keeps)
-    if path == "picked":
+    # few tokens, as in decoding: this path leaves nothing for a backward pass, and dropout is the dense path's
+    if not keeps and not problem.dropout and problem.x_TD.shape[0] <= rule("picked_tokens"):
         outputs, chosen = picks.forward(problem)
         return outputs, chosen, problem.x_TD.new_empty(0)
-    outputs, chosen, S = (grouped if path == "sorted" else dense).forward(problem, keeps=keeps)
+    outputs, chosen, S = _kept_path(problem).forward(problem, keeps=keeps)
     return outputs, chosen, problem.x_TD.new_empty(0) if S is None else S
 
 
@@ -24,8 +25,7 @@ def backward(
     problem: Problem, chosen: Chosen, S: Tensor, grads: Any, given: Any, needs: dense.Needs
 ) -> dense.Gradients:
     """The gradients that are needed, by the path that the forward pass took."""
-    path = grouped if _path(problem, keeps=True) == "sorted" else dense
-    return path.backward(problem, chosen, S, grads, given, needs)
+    return _kept_path(problem).backward(problem, chosen, S, grads, given, needs)
 
 
 def kept_shape(problem: Problem, *, keeps: bool) -> tuple[int, ...]:
@@ -33,9 +33,15 @@ def kept_shape(problem: Problem, *, keeps: bool) -> tuple[int, ...]:
     if not keeps:
         return (0,)
     tokens, projections = problem.x_TD.shape[0], len(problem.A_list)
-    if _path(problem, keeps=True) == "sorted":
+    if _kept_path(problem) is grouped:
         return (projections, *grouped.kept_shape(tokens, _top_k(problem), problem.widest))
     return (tokens, projections, problem.rows)
+
+
+def _kept_path(problem: Problem) -> ModuleType:
+    """The path that has a backward pass. It does not depend on T, so that what is kept has one shape."""
+    many = problem.rows > rule("dense_rows_per_slot") * _top_k(problem)
+    return grouped if many and not problem.dropout else dense
 
 
 def _top_k(problem: Problem) -> int:
@@ -43,7 +49,3 @@ def _top_k(problem: Problem) -> int:
         return problem.choice.top_k
     assert problem.experts_QTK is not None
     return problem.experts_QTK.shape[-1]
-
-
-def _path(problem: Problem, *, keeps: bool) -> str:
-    return path_of(problem.x_TD.shape[0], problem.rows, _top_k(problem), keeps=keeps, dropout=problem.dropout)

@@ -28,7 +28,7 @@ def forward(problem: Problem) -> tuple[list[Tensor], Chosen]:
     outputs = []
     for projection, base_TO in enumerate(bases):
         out_TO = base_TO if in_place else torch.empty_like(base_TO, memory_format=torch.contiguous_format)
-        router = projection if chosen.experts_QTK.shape[0] > 1 else 0
+        router = chosen.router_of(projection)
         index = problem.owners
         picked_expand(
             parts[projection],
@@ -66,7 +66,7 @@ def _shrink(problem: Problem) -> tuple[Chosen, list[Tensor]]:
 
     parts = []
     for projection, A_RD in enumerate(problem.A_list):
-        router = projection if chosen.experts_QTK.shape[0] > 1 else 0
+        router = chosen.router_of(projection)
         starts_E, ranks_E = problem.owners.starts_PE[projection], problem.owners.ranks_PE[projection]
         tile = tile_for("picked_shrink", x_TD.shape, problem.widest, problem.x_TD.dtype)
         ids_TK = chosen.experts_QTK[router]

@@ -47,7 +47,7 @@ def product(
         parts_STN = torch.empty(tile.split, tokens, total, dtype=torch.float32, device=x_TD.device)
     if not tokens or not total:
         return parts_STN
-    columns = max(16, min(tile.columns, power_of_two(max(count, 1))))
+    columns = max(16, min(tile.columns, power_of_two(count)))
     blocks = max(1, cdiv(count, columns))
     tile = for_rows(tile, x_TD, rows_PRD)
     tile = fitted(tile, tile.inner * (tile.rows + columns + tail), 0, x_TD)

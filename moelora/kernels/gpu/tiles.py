@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moelora.kernels.gpu.launch import power_of_two
 from moelora.kernels.gpu.tile import Tile
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -21,15 +22,18 @@ DEFAULT = "nvidia_h100_80gb_hbm3"
 
 
 def tile_for(kernel: str, shape_TW: Sequence[int], count: int, dtype: torch.dtype) -> Tile:
-    """The tile of a kernel for this many tokens, a wide axis of this length, and this many rank rows."""
+    """The tile of a kernel for this many tokens, a wide axis of this length, and this many rank rows.
+
+    Sizes are rounded up to powers of two, so that the table is asked few different questions.
+    """
     tokens, width = shape_TW
-    tile = _nearest(kernel, _bucket(tokens), _bucket(width), _bucket(count), device_name())
+    tile = _nearest(kernel, power_of_two(tokens), power_of_two(width), power_of_two(count), device_name())
     return _for_fp32(tile) if dtype is torch.float32 else tile
 
 
 def pays_delta_first(tokens: int, in_features: int, out_features: int) -> bool:
     """Whether the mixture is to be written before the base's product accumulates onto it."""
-    return _delta_first(_bucket(tokens), _bucket(in_features), _bucket(out_features), device_name())
+    return _delta_first(power_of_two(tokens), power_of_two(in_features), power_of_two(out_features), device_name())
 
 
 def rule(name: str) -> int:
@@ -72,11 +76,6 @@ def _for_fp32(tile: Tile) -> Tile:
         return tile
     columns, inner = max(16, min(64, tile.columns)), max(16, min(32, tile.inner // 2))
     return tile._replace(rows=min(64, tile.rows), columns=columns, inner=inner, stages=min(2, tile.stages))
-
-
-def _bucket(size: int) -> int:
-    """The next power of two, so that a table is asked few different questions."""
-    return 1 << max(0, size - 1).bit_length()
 
 
 def _distance(key: list[int], sizes: tuple[int, ...]) -> float:
