@@ -213,11 +213,10 @@ def _grad_A(problem: Problem, rank_TN: Tensor, part_rows: int, needs: Needs) -> 
 
 
 def gate_gradients(problem: Problem, tail_SMD: Tensor, part_rows: int) -> list[Tensor]:
-    """Of the routers' weights, from the products of x with the columns of their scores; in 16 bits, with both parts."""
-    made, both = [], score_parts(problem.x_TD.dtype) == 2
+    """Of the routers' weights, from the products of x with the columns of their scores; of all their parts."""
+    made, apart = [], len(problem.gates) * part_rows
     for router, gate_ED in enumerate(problem.gates):
-        first, rest = router * part_rows, (len(problem.gates) + router) * part_rows
-        experts = gate_ED.shape[0]
-        also = tail_SMD[:, rest : rest + experts] if both else None
-        made.append(sum_parts(tail_SMD[:, first : first + experts], gate_ED.dtype, also))
+        first = router * part_rows
+        mine_SED = tail_SMD[:, first : first + gate_ED.shape[0]]
+        made.append(sum_parts(mine_SED, gate_ED.dtype, times=score_parts(problem.x_TD.dtype), apart=apart))
     return made

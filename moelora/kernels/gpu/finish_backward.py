@@ -25,8 +25,8 @@ class RankGradients(NamedTuple):
     Attributes:
         rank_TN: of the values of the rank rows, dS (P * R columns), and behind them M of the scores before the
             temperature: for each router as many as `pack.padded` says. In x's dtype; where that has 16 bits, what
-            rounding takes from the scores' gradients follows in as many columns more, so that a router learns in fp32.
-            Zeros up to `score_columns`.
+            rounding takes from the scores' gradients follows in as many columns more, and what that rounding takes
+            (`score_parts`), so that a router learns in fp32. Zeros up to `score_columns`.
         gated_TPR: not a gradient: S * gate, of which dB is made.
         dweights_QTK: of the weights; None where they are a router's, whose scores have it all.
     """
@@ -42,8 +42,8 @@ def score_columns(routers: int, part_rows: int, dtype: torch.dtype) -> int:
 
 
 def score_parts(dtype: torch.dtype) -> int:
-    """In how many numbers a score's gradient stands there: itself in fp32, else rounded and what that took."""
-    return 1 if dtype is torch.float32 else 2
+    """In how many numbers a score's gradient stands there, so that they hold the 24 bits of fp32, or nearly (fp16)."""
+    return {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}[dtype]
 
 
 def finish_backward(
@@ -174,11 +174,10 @@ def _store_router(
             dlogits += tl.load(given_logits_ptr + logits_at, mask=is_expert, other=0.0)
         dlogits = tl.where(is_expert, dlogits * scale, 0.0)
         scores_at = dlogits_ptr + t.to(tl.int64)[:, None] * rank_stride + router * PART_ROWS + expert[None, :]
-        rounded = dlogits.to(dlogits_ptr.dtype.element_ty)
-        tl.store(scores_at, rounded, mask=is_token[:, None])
-        if SCORE_PARTS == 2:
-            rest = (dlogits - rounded.to(tl.float32)).to(dlogits_ptr.dtype.element_ty)
-            tl.store(scores_at + routers * PART_ROWS, rest, mask=is_token[:, None])
+        for part in tl.static_range(SCORE_PARTS):
+            rounded = dlogits.to(dlogits_ptr.dtype.element_ty)
+            tl.store(scores_at + part * routers * PART_ROWS, rounded, mask=is_token[:, None])
+            dlogits = dlogits - rounded.to(tl.float32)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch import Tensor
 from moelora.kernels.gpu.dropout import keep
 from moelora.kernels.gpu.launch import cdiv, launch, power_of_two
 from moelora.kernels.gpu.precision import dot_precision
-from moelora.kernels.gpu.tile import Tile, fitted, for_rows
+from moelora.kernels.gpu.tile import Tile, fitted, for_rows, for_tail
 
 
 def gram(
@@ -42,7 +42,7 @@ def gram(
         return parts_SNO
     columns = max(16, min(tile.columns, power_of_two(count)))
     blocks = max(1, cdiv(count, columns))
-    tile = for_rows(tile, left_TN, tail_TM, wide_TO)
+    tile = for_tail(for_rows(tile, left_TN, tail_TM, wide_TO), wide_TO)
     tile = fitted(tile, tile.inner * (tile.rows + columns + tail), 0, wide_TO)
     step = cdiv(cdiv(tokens, tile.split), tile.inner) * tile.inner
     launch(

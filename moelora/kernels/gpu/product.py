@@ -14,7 +14,7 @@ from torch import Tensor
 from moelora.kernels.gpu.dropout import keep
 from moelora.kernels.gpu.launch import cdiv, launch, power_of_two
 from moelora.kernels.gpu.precision import dot_precision
-from moelora.kernels.gpu.tile import Tile, fitted, for_rows
+from moelora.kernels.gpu.tile import Tile, fitted, for_rows, for_tail
 
 
 def product(
@@ -49,7 +49,7 @@ def product(
         return parts_STN
     columns = max(16, min(tile.columns, power_of_two(count)))
     blocks = max(1, cdiv(count, columns))
-    tile = for_rows(tile, x_TD, rows_PRD)
+    tile = for_tail(for_rows(tile, x_TD, rows_PRD), x_TD)
     tile = fitted(tile, tile.inner * (tile.rows + columns + tail), 0, x_TD)
     step = cdiv(cdiv(width, tile.split), tile.inner) * tile.inner
     is_even = step * tile.split == width
@@ -85,7 +85,7 @@ def product(
             "PRECISION": dot_precision(x_TD.dtype),
         },
         # masks along the summed axis take registers
-        warps=tile.warps if is_even else 8,
+        warps=tile.warps if is_even or x_TD.dtype is torch.float32 else 8,
         stages=tile.stages,
     )
     return parts_STN

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -50,3 +51,12 @@ def for_rows(tile: Tile, *matrices: Tensor | None) -> Tile:
     if all(matrix.stride(-2) % 16 == 0 for matrix in matrices if matrix is not None):
         return tile
     return tile._replace(inner=32, warps=8, stages=2)
+
+
+def for_tail(tile: Tile, like: Tensor) -> Tile:
+    """The tile of a kernel that takes two products in one pass, the second of them, the tail, as narrow as 16 columns.
+
+    Triton 3.6 loses its way in shared memory (wrong sums, or an illegal access) with products of three tf32 where a warp
+    has less than 16 x 16 numbers of the tail to itself.
+    """
+    return tile._replace(rows=64, warps=4) if like.dtype is torch.float32 else tile
