@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from moelora.config import AuxLosses as AuxLosses
     from moelora.config import MoELoRAConfig as MoELoRAConfig
+    from moelora.config import register_router as register_router
     from moelora.integrations.adapter_report import inspect_adapter as inspect_adapter
     from moelora.integrations.adapters import AdapterError as AdapterError
     from moelora.lifecycle import add_expert as add_expert
@@ -56,6 +57,7 @@ _HOMES = {
     "print_trainable_parameters": "moelora.mixture",
     "push_to_hub": "moelora.saving",
     "record": "moelora.mixture",
+    "register_router": "moelora.config",
     "remove_expert": "moelora.lifecycle",
     "resolve_targets": "moelora.patch",
     "save": "moelora.saving",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moelora import losses
 from moelora.config import AuxLosses
-from moelora.routing import Routing, dense_weights
+from moelora.routing import dense_weights
 from moelora.tape import Record
 
 
@@ -21,12 +21,13 @@ def weigh(records: Mapping[str, list[Record]], weights: AuxLosses) -> Float[Tens
     scored = list(distinct(records))
     if not scored:
         return None
-    total = torch.stack([loss_of(record.routing, record.valid_T, weights) for record in scored])
+    total = torch.stack([loss_of(record, weights) for record in scored])
     return total.mean()
 
 
-def loss_of(routing: Routing, valid_T: Tensor | None, weights: AuxLosses) -> Float[Tensor, ""]:
+def loss_of(record: Record, weights: AuxLosses) -> Float[Tensor, ""]:
     """Weighted sum of the active losses of one routing."""
+    routing, valid_T = record.routing, record.valid_T
     logits_TE = routing.logits_TE
     assert logits_TE is not None
     total = logits_TE.new_zeros(())
@@ -36,6 +37,9 @@ def loss_of(routing: Routing, valid_T: Tensor | None, weights: AuxLosses) -> Flo
         elif name == "importance":
             available_E = logits_TE.detach().amax(0) > -torch.inf if logits_TE.shape[0] else None
             value = losses.importance(dense_weights(routing, logits_TE.shape[1]), valid_T, available_E)
+        elif name == "gate_cross_entropy":
+            assert record.target_T is not None
+            value = losses.gate_cross_entropy(logits_TE, record.target_T, valid_T)
         else:
             value = getattr(losses, name)(logits_TE, valid_T)
         total = total + weight * value

@@ -68,11 +68,16 @@ class GivenIds:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a call has to do. The defaults are a mixture at work."""
+    """What a call has to do. The defaults are a mixture at work.
+
+    `stage` and `ramp` are for routers that are trained in stages (`moelora.set_stage`): which one, and how far it is.
+    """
 
     disabled: bool = False
     fixed: FixedMixture | None = None
     given: GivenIds | None = None
+    stage: str | None = None
+    ramp: float = 0.0
 
 
 def spread_rows(values_NK: Tensor, leading: tuple[int, ...]) -> Tensor:

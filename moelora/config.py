@@ -5,16 +5,35 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moelora.kernels.api import BACKENDS
+from moelora.routers.base import RouterConfig
 from moelora.routers.given import Given
 from moelora.routers.learned import Learned
 
 SCHEMA_VERSION = (1, 0)
 """Major and minor version of `moelora_config.json`. A newer minor is read with a warning, a newer major refused."""
 
-ROUTERS: dict[str, type] = {"learned": Learned, "given": Given}
+ROUTERS: dict[str, type] = {
+    "learned": Learned,
+    "given": Given,
+}
 """Routers by the name that `patch_model(router=...)` and the JSON use."""
 
-RouterConfig = Learned | Given
+
+def register_router(name: str, kind: type) -> None:
+    """Give the configuration of a router of your own a name, so that mixtures with it can be saved and loaded.
+
+    Args:
+        name: what `patch_model(router=name)` and the saved configuration call it.
+        kind: a frozen dataclass of plain values with `build` (see `moelora.routers.base.RouterConfig`).
+
+    Raises:
+        ValueError: if the name is taken by another class, or the class is no such configuration.
+    """
+    if ROUTERS.get(name, kind) is not kind:
+        raise ValueError(f"there is a router {name!r} already, {ROUTERS[name].__name__}; choose another name")
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and callable(getattr(kind, "build", None))):
+        raise ValueError(f"a router's configuration is a frozen dataclass with a method `build`, got {kind!r}")
+    ROUTERS[name] = kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +48,7 @@ class AuxLosses:
     importance: float = 0.0
     mutual_information: float = 0.0
     uniform_cross_entropy: float = 0.0
+    gate_cross_entropy: float = 0.0
 
     def __post_init__(self) -> None:
         for name, weight in dataclasses.asdict(self).items():
@@ -66,7 +86,7 @@ class MoELoRAConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if type(self.router) not in ROUTERS.values():
+        if isinstance(self.router, type) or not callable(getattr(self.router, "build", None)):
             raise ValueError(
                 f"router must be a router's configuration, such as Learned(top_k=2) or Given(), got {self.router!r}"
             )
@@ -82,7 +102,7 @@ class MoELoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         values = dataclasses.asdict(self)
-        values["router"] = {"kind": router_kind(self.router), **values["router"]}
+        values["router"] = {"kind": router_kind(self.router), **dataclasses.asdict(self.router)}  # pyright: ignore
         return values
 
     @classmethod
@@ -110,7 +130,8 @@ def router_kind(router: RouterConfig) -> str:
         if type(router) is kind:
             return name
     raise ValueError(
-        f"a {type(router).__name__} has no name in a saved configuration; expected one of {sorted(ROUTERS)}"
+        f"a {type(router).__name__} has no name in a saved configuration; give it one with "
+        f"moelora.register_router(name, {type(router).__name__}), where it is loaded too"
     )
 
 

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from moelora.aux_losses import distinct, weigh
-from moelora.config import AuxLosses
+from moelora.call_settings import GivenIds
+from moelora.config import AuxLosses, MoELoRAConfig
 from moelora.layer import MoELoRALinear
 from moelora.routers.learned import LearnedRouter
-from moelora.routing import dense_weights
+from moelora.routing import NO_EXPERT, dense_weights
 from moelora.tape import Frame, Tape
+
+IDS = "expert_ids"
+"""The argument of a patched model that takes ids of experts (or tasks) along with a batch."""
 
 TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 # the cache's name before and since transformers 5.24
@@ -40,11 +44,16 @@ class StackHooks:
             stack.register_forward_hook(self.end, always_call=True),
         ]
 
-    def begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A stack begins."""
+        self.open(args, kwargs)
+
+    def open(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: GivenIds | None = None) -> None:
+        """Tell the tape, and which ids came with the call."""
         values = dict(zip(self.names, args, strict=False)) | kwargs
-        start = cached_length(values) if self.tape.depth == 0 and self.tape.settings.given is not None else 0
-        self.tape.begin(read_frame(values, self.tape), start=start)
+        reads_ids = given is not None or self.tape.settings.given is not None
+        start = cached_length(values) if self.tape.depth == 0 and reads_ids else 0
+        self.tape.begin(read_frame(values, self.tape), start=start, given=given)
 
     def end(self, stack: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """A stack ends, or failed."""
@@ -57,18 +66,19 @@ class RootHooks(StackHooks):
     Args:
         tape: of the model.
         layers: its patched sites.
-        losses: weights of the losses.
+        config: its options.
     """
 
     names: tuple[str, ...]
     layers: Mapping[str, MoELoRALinear]
+    config: MoELoRAConfig
     losses: AuxLosses
     some_gradient: bool
     settled: bool
 
-    def __init__(self, tape: Tape, layers: Mapping[str, MoELoRALinear], losses: AuxLosses) -> None:
+    def __init__(self, tape: Tape, layers: Mapping[str, MoELoRALinear], config: MoELoRAConfig) -> None:
         super().__init__(tape)
-        self.layers, self.losses = layers, losses
+        self.layers, self.config, self.losses = layers, config, config.losses
         self.without_gradient: set[str] | None = None
         self.some_gradient = False
         self.settled = False  # the biases have moved for the last call
@@ -82,17 +92,22 @@ class RootHooks(StackHooks):
             stack.register_forward_hook(self.end, always_call=True),
         ]
 
-    def begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        outermost = self.tape.depth == 0
+    def begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        outermost, given = self.tape.depth == 0, None
         if outermost:
             self.balance()
-        super().begin(stack, args, kwargs)
+            if IDS in kwargs:
+                kwargs = dict(kwargs)
+                given = GivenIds(ids=self.check_ids(kwargs.pop(IDS)))
+        self.open(args, kwargs, given)
         if outermost:
             self.settled = False
         if outermost and stack.training and torch.is_grad_enabled():
-            self.tape.collect(len(self.losses.active()) > 0 or len(self.balanced()) > 0)
+            wanted = len(self.losses.active()) > 0 or len(self.balanced()) > 0
+            self.tape.collect(wanted, supervised=self.losses.gate_cross_entropy > 0)
             if not torch.compiler.is_compiling():
                 self.watch_gradients(stack)
+        return None if given is None else (args, kwargs)
 
     def finish(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """What a training call returns: its loss with those on the routings, watched for its backward pass."""
@@ -121,6 +136,31 @@ class RootHooks(StackHooks):
         else:
             output.loss, output.aux_loss = total, aux.detach()
         return output
+
+    def check_ids(self, ids: Any) -> Tensor:
+        """Ids that came with a call, as a tensor of those that the router knows.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        router = self.config.router
+        if not reads_ids(self.config):
+            raise ValueError(f"expert_ids were passed, but this model's router would not look at them: it is {router}")
+        tensor = torch.as_tensor(ids)
+        if tensor.dtype.is_floating_point or tensor.dtype == torch.bool or tensor.ndim > 3 or not tensor.numel():
+            raise ValueError(
+                "expert_ids must be integers of shape (), (B,), (B, L) or (B, L, K), "
+                f"got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        count = len(getattr(router, "tasks", ())) or len(next(iter(self.layers.values())).bank)
+        # a look at the values waits for the device; a compiler and a graph that is captured cannot
+        watched = torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+        if not watched and not (int(tensor.min()) >= NO_EXPERT and int(tensor.max()) < count):
+            raise ValueError(
+                f"expert_ids must lie between -1 (base model) and {count - 1}, "
+                f"got {int(tensor.min())} to {int(tensor.max())}"
+            )
+        return tensor.long()
 
     # --- loss-free balancing --------------------------------------------------------------------------------------
 
@@ -188,6 +228,11 @@ class _GradientSeen:
         self.hooks.some_gradient = True
         if self.hooks.without_gradient:
             self.hooks.without_gradient.discard(self.name)
+
+
+def reads_ids(config: MoELoRAConfig) -> bool:
+    """Whether a mixture has a use for ids that are given from outside: its router, or a loss on it."""
+    return getattr(config.router, "reads_ids", False) or config.losses.gate_cross_entropy > 0
 
 
 def argument_names(kind: type[nn.Module]) -> tuple[str, ...]:

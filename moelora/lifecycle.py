@@ -14,7 +14,6 @@ from moelora.integrations.matching import match_adapter
 from moelora.integrations.sources import check_name
 from moelora.mixture import Mixture, find_mixture
 from moelora.patch import fresh_scale
-from moelora.routers.learned import Learned
 
 
 def add_expert(
@@ -68,8 +67,9 @@ def add_expert(
     for path, layer in mixture.layers.items():
         expert = experts[path]
         layer.bank.add(expert, trainable=bool(expert.rank) and (source is None if trainable is None else trainable))
-    for router, layers in _by_router(mixture):
+    for router, layers in mixture.by_router():
         router.add_experts([any(layer.bank.ranks[-1] for layer in layers)])
+        router.start_from([layer.bank for layer in layers], [len(mixture.names)])
     mixture.names.append(name)
     mixture.sources.append(origin.to_dict())
     if any(layer.bank.trainable[-1] for layer in mixture.layers.values()):
@@ -86,12 +86,12 @@ def remove_expert(model: nn.Module, name: str) -> None:
     _, mixture = find_mixture(model)
     index = mixture.index(name)
     left = len(mixture.names) - 1
-    top_k = mixture.config.router.top_k if isinstance(mixture.config.router, Learned) else 1
+    top_k = getattr(mixture.config.router, "top_k", 1)
     if left < top_k:
         raise ValueError(f"{left} experts would be left, but {top_k} act on each token; unpatch the model instead")
     for layer in mixture.layers.values():
         layer.bank.drop(index)
-    for router, _ in _by_router(mixture):
+    for router, _ in mixture.by_router():
         router.keep_experts([other for other in range(left + 1) if other != index])
     del mixture.names[index], mixture.sources[index]
     mixture.changed.discard(name)
@@ -168,11 +168,3 @@ def _forget_last_call(mixture: Mixture) -> None:
     mixture.tape.records.clear()
     mixture.tape.leaves.clear()
     mixture.hooks.watch_anew()
-
-
-def _by_router(mixture: Mixture) -> list[tuple[Any, list[Any]]]:
-    """Each router once, with its layers."""
-    layers: dict[int, list[Any]] = {}
-    for layer in mixture.layers.values():
-        layers.setdefault(id(layer.router), []).append(layer)
-    return [(found[0].router, found) for found in layers.values()]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from moelora.aux_losses import weigh
 from moelora.call_settings import FixedMixture, GivenIds, Settings
 from moelora.config import MoELoRAConfig
-from moelora.hooks import RootHooks
+from moelora.hooks import RootHooks, reads_ids
 from moelora.layer import MoELoRALinear
-from moelora.routers.given import Given
+from moelora.routers.base import AbstractRouter
 from moelora.routing import NO_EXPERT, Routing, join
 from moelora.surgery import Place
 from moelora.tape import Record, Tape
@@ -69,14 +69,23 @@ class Mixture:
         Raises:
             ValueError: for a name that is none of its experts', with the nearest ones.
         """
-        if name in self.names:
-            return self.names.index(name)
-        near = get_close_matches(str(name), self.names, n=3) or self.names[:5]
-        raise ValueError(f"there is no expert {name!r}; this model has {len(self.names)} experts, such as {near}")
+        return _index(name, self.names, "expert")
 
-    def routers(self) -> dict[int, nn.Module]:
+    def routers(self) -> dict[int, AbstractRouter]:
         """Every router once, by its object id."""
         return {id(layer.router): layer.router for layer in self.layers.values()}
+
+    def by_router(self) -> list[tuple[AbstractRouter, list[MoELoRALinear]]]:
+        """Each router once, with the layers that it answers for."""
+        layers: dict[int, list[MoELoRALinear]] = {}
+        for layer in self.layers.values():
+            layers.setdefault(id(layer.router), []).append(layer)
+        return [(found[0].router, found) for found in layers.values()]
+
+    @property
+    def given_names(self) -> Sequence[str]:
+        """What ids that are given from outside stand for: the experts, or the tasks of a router that knows tasks."""
+        return getattr(self.config.router, "tasks", None) or self.names
 
 
 def find_mixture(model: nn.Module) -> tuple[nn.Module, Mixture]:
@@ -149,7 +158,9 @@ def use_experts(model: nn.Module, experts: RowMixture | Sequence[RowMixture], *,
 def given_experts(
     model: nn.Module, ids: "str | int | Sequence[str | int] | Tensor", *, rest: "str | int | None" = None
 ) -> Iterator[None]:
-    """Hand ids to a model that is patched with `router="given"`: tasks, domains, modalities.
+    """Hand ids to a router that reads them: tasks, domains, modalities, for `router="given"` among others.
+
+    In training they may also come with the batch, `model(**batch, expert_ids=ids)`.
 
     Args:
         model: a patched model.
@@ -162,13 +173,9 @@ def given_experts(
             if the shape does not fit the input.
     """
     _, mixture = find_mixture(model)
-    if not isinstance(mixture.config.router, Given):
-        raise ValueError(
-            f"this model's router would not look at given ids: it is {mixture.config.router}; "
-            'patch with router="given", or fix experts with moelora.use_experts'
-        )
-    tensor = given_tensor(mixture, ids)
-    last = None if rest is None else int(given_tensor(mixture, rest))
+    _check_reads_ids(mixture)
+    tensor = given_tensor(mixture.given_names, ids)
+    last = None if rest is None else int(given_tensor(mixture.given_names, rest))
     with _settings(model, given=GivenIds(ids=tensor, rest=last)):
         yield
 
@@ -279,6 +286,13 @@ def fixed_mixture(mixture: Mixture, rows: Sequence[RowMixture], repeats: int = 1
     return FixedMixture(experts_NK=experts_NK, weights_NK=weights_NK, repeats=repeats)
 
 
+def _index(name: str, names: Sequence[str], what: str) -> int:
+    if name in names:
+        return list(names).index(name)
+    near = get_close_matches(str(name), names, n=3) or list(names[:5])
+    raise ValueError(f"there is no {what} {name!r}; this model has {len(names)} {what}s, such as {near}")
+
+
 def _row(mixture: Mixture, row: RowMixture) -> list[tuple[int, float]]:
     if row is None:
         return []
@@ -293,14 +307,22 @@ def _row(mixture: Mixture, row: RowMixture) -> list[tuple[int, float]]:
     return [(expert, weight) for expert, weight in entries if weight != 0]
 
 
-def given_tensor(mixture: Mixture, ids: "str | int | Sequence[str | int] | Tensor") -> Int[Tensor, "..."]:
+def _check_reads_ids(mixture: Mixture) -> None:
+    if not reads_ids(mixture.config):
+        raise ValueError(
+            f"this model's router would not look at given ids: it is {mixture.config.router}; "
+            'patch with router="given", or fix experts with moelora.use_experts'
+        )
+
+
+def given_tensor(names: Sequence[str], ids: "str | int | Sequence[str | int] | Tensor") -> Int[Tensor, "..."]:
     """Names or ids as a tensor of ids, checked."""
     if isinstance(ids, Tensor):
         tensor = ids
     elif isinstance(ids, str | int):
-        tensor = torch.tensor(mixture.index(ids) if isinstance(ids, str) else ids)
+        tensor = torch.tensor(_index(ids, names, "expert") if isinstance(ids, str) else ids)
     else:
-        rows = [mixture.index(entry) if isinstance(entry, str) else entry for entry in ids]
+        rows = [_index(entry, names, "expert") if isinstance(entry, str) else entry for entry in ids]
         try:
             tensor = torch.tensor(rows)
         except (TypeError, ValueError) as error:
@@ -310,9 +332,8 @@ def given_tensor(mixture: Mixture, ids: "str | int | Sequence[str | int] | Tenso
             f"ids must be integers of shape (), (B,), (B, L) or (B, L, K), got {tensor.dtype} {tuple(tensor.shape)}"
         )
     tensor = tensor.long()
-    if not (int(tensor.min()) >= NO_EXPERT and int(tensor.max()) < len(mixture.names)):
+    if not (int(tensor.min()) >= NO_EXPERT and int(tensor.max()) < len(names)):
         raise ValueError(
-            f"ids must lie between -1 (base model) and {len(mixture.names) - 1}, "
-            f"got {int(tensor.min())} to {int(tensor.max())}"
+            f"ids must lie between -1 (base model) and {len(names) - 1}, got {int(tensor.min())} to {int(tensor.max())}"
         )
     return tensor

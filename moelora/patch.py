@@ -104,7 +104,12 @@ def patch_model(
         strict=strict,
         probe_inputs=probe_inputs,
     )
-    return plan if dry_run else carry_out(model, plan)
+    if dry_run:
+        return plan
+    carry_out(model, plan)
+    for started, layers in find_mixture(model)[1].by_router():
+        started.start_from([layer.bank for layer in layers], range(len(plan.experts)))
+    return model
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
@@ -139,7 +144,7 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     """Build a plan's layers and put them in. Nothing that can fail comes after the first change."""
     tape = Tape()
     layers = build_layers(model, plan, tape)
-    hooks = RootHooks(tape, layers, plan.config.losses)
+    hooks = RootHooks(tape, layers, plan.config)
     mixture = Mixture(
         config=plan.config,
         tape=tape,

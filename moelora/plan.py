@@ -15,7 +15,6 @@ from moelora.integrations.card import looks_like_hub_id
 from moelora.integrations.families import linear_sizes, linears
 from moelora.integrations.matching import match_adapter
 from moelora.integrations.targets import Resolution, Site, resolve_sites
-from moelora.routers.learned import Learned
 
 logger: logging.Logger = logging.getLogger("moelora")
 
@@ -136,8 +135,8 @@ def make_plan(
     names = [expert.name for expert in experts]
     if len(set(names)) < len(names):
         raise ValueError(f"experts need different names, got {names}; pass a mapping of names to sources")
-    if isinstance(config.router, Learned) and config.router.top_k > len(experts):
-        raise ValueError(f"top_k={config.router.top_k} experts per token, but there are {len(experts)}; lower top_k")
+    if (top_k := getattr(config.router, "top_k", 1)) > len(experts):
+        raise ValueError(f"top_k={top_k} experts per token, but there are {len(experts)}; lower top_k")
     for note in notes:
         logger.warning(note)
     return Plan(config=config, experts=tuple(experts), resolution=resolution, notes=tuple(notes))

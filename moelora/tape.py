@@ -12,7 +12,7 @@ they have to do and leave their routings in `write`. Three rules, each with a re
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from moelora.call_settings import Settings
+from moelora.call_settings import GivenIds, Settings
 from moelora.routing import Routing
 
 CALLS_BEFORE_BACKWARD = 16
@@ -47,11 +47,13 @@ class Record(NamedTuple):
     """One routing of one site in one call, and which of its tokens are real (None: all).
 
     `repeated` marks the answer of a shared router that another site has written already: losses count it once.
+    `target_T` are the ids that were given for the tokens, where a loss compares them with the router's choice.
     """
 
     routing: Routing
     valid_T: Tensor | None
     repeated: bool = False
+    target_T: Tensor | None = None
 
 
 @dataclass(eq=False, frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ class Tape:
     _backward: list[Call] = field(default_factory=list)  # calls that the running backward pass goes through
     _task: int = -1  # autograd's number of that pass
     _collecting: bool = False
+    _supervised: bool = False
     _shared: "dict[int, tuple[weakref.ref[Tensor], Routing]]" = field(default_factory=dict)
     _handed: "dict[str, tuple[weakref.ref[Tensor], tuple[Tensor, Routing, bool]]]" = field(default_factory=dict)
     records: dict[str, list[Record]] = field(default_factory=dict)
@@ -94,13 +97,20 @@ class Tape:
 
     # --- the call -------------------------------------------------------------------------------------------------
 
-    def begin(self, frame: Frame, *, start: int = 0) -> None:
-        """A stack begins. The outermost one opens a new call, unless it is run again during backward."""
+    def begin(self, frame: Frame, *, start: int = 0, given: GivenIds | None = None) -> None:
+        """A stack begins. The outermost one opens a new call, unless it is run again during backward.
+
+        Args:
+            frame: what the stack was called with.
+            start: tokens that the cache holds already.
+            given: ids that came with the call itself, in place of those in `settings`.
+        """
         if not self._frames and not in_backward():
-            self._call, self._start = self.settings, start
+            self._call = self.settings if given is None else replace(self.settings, given=given)
+            self._start = start
             if not torch.compiler.is_compiling():
                 self._number += 1
-            self._collecting = False
+            self._collecting = self._supervised = False
             self._backward.clear()
             self._shared.clear()
             self._handed.clear()
@@ -114,9 +124,9 @@ class Tape:
             self._shared.clear()
             self._handed.clear()
 
-    def collect(self, wanted: bool) -> None:
-        """Keep the routings of the running call for its losses, or do not."""
-        self._collecting = wanted
+    def collect(self, wanted: bool, *, supervised: bool = False) -> None:
+        """Keep the routings of the running call for its losses, or do not; `supervised`: with the given ids."""
+        self._collecting, self._supervised = wanted, supervised
 
     @property
     def frame(self) -> Frame | None:
@@ -205,7 +215,8 @@ class Tape:
 
     def write(self, site: str, routing: Routing, *, reads_encoder: bool = False, repeated: bool = False) -> None:
         """Keep a site's routing for losses and recordings."""
-        record = Record(routing, self.valid_tokens(reads_encoder=reads_encoder), repeated)
+        target_T = self.given_ids(routing.experts_TK.device)[:, 0] if self._supervised else None
+        record = Record(routing, self.valid_tokens(reads_encoder=reads_encoder), repeated, target_T)
         if self._collecting:
             self.records.setdefault(site, []).append(record)
         for recording in self.recordings:
@@ -218,14 +229,14 @@ class Tape:
         loss sends into a leaf reaches the router when `attach` meets the same routing in the second pass.
         """
         for site, records in self.records.items() if torch.is_grad_enabled() else ():
-            for index, (routing, valid_T, repeated) in enumerate(records):
+            for index, (routing, valid_T, repeated, target_T) in enumerate(records):
                 if routing.logits_TE is not None and not routing.logits_TE.requires_grad and not repeated:
                     leaf = routing._replace(
                         logits_TE=routing.logits_TE.detach().requires_grad_(),
                         weights_TK=routing.weights_TK.detach().requires_grad_(),
                     )
                     self.leaves.setdefault(site, []).append((self._number, leaf))
-                    records[index] = Record(leaf, valid_T)
+                    records[index] = Record(leaf, valid_T, repeated, target_T)
         self._forget_leaves()
         return self.records
 
@@ -263,13 +274,18 @@ class Tape:
         # with a cache the mask covers the past as well; ours are its last columns
         return mask_BL[:, -length:].reshape(-1).bool()
 
+    @property
+    def has_ids(self) -> bool:
+        """Whether ids were given for the call."""
+        return self.current.given is not None
+
     def given_ids(self, device: torch.device) -> Int[Tensor, "T K"]:
         """The ids that were handed in, for the tokens of the input at work."""
         given = self.current.given
         if given is None:
             raise ValueError(
                 "this mixture is routed by ids that are given from outside, and none were given; "
-                "call the model inside `with moelora.given_experts(model, ids):`"
+                "call the model inside `with moelora.given_experts(model, ids):`, or as model(**batch, expert_ids=ids)"
             )
         start = self._start if self._frames else self.second_pass().start
         return given.of_tokens(self.leading, start).to(device)

@@ -166,6 +166,6 @@ def test_weights_weigh():
     assert routing.logits_TE is not None
     expected = 0.5 * losses.z_loss(routing.logits_TE) + 2 * losses.mutual_information(routing.logits_TE)
 
-    value = loss_of(routing, None, AuxLosses(load_balance=0.0, z_loss=0.5, mutual_information=2.0))
+    value = loss_of(Record(routing, None), AuxLosses(load_balance=0.0, z_loss=0.5, mutual_information=2.0))
 
     torch.testing.assert_close(value, expected)

@@ -1,16 +1,18 @@
 """The interface of all routers. Begin with AbstractRouter.
 
-A router is a subclass that implements `forward`, `keep_experts` and `add_experts`, beside a frozen config with `build`;
-`moelora.config.ROUTERS` names those that `patch_model` takes. All pass `moelora.testing.router_contract`.
+A router is a subclass that implements `forward`, `keep_experts` and `add_experts`, beside a frozen config with `build`
+(`RouterConfig`), which `patch_model(router=...)` takes. All pass `moelora.testing.router_contract`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moelora.bank import ExpertBank
 from moelora.kernels.gate import LinearGate
 from moelora.routing import Routing
 from moelora.tape import Tape
@@ -50,6 +52,17 @@ class AbstractRouter(nn.Module, ABC):
     def add_experts(self, available: Sequence[bool]) -> None:
         """Append new experts; `available` says which of them this site has rows for."""
 
+    def start_from(self, banks: Sequence[ExpertBank], experts: Sequence[int]) -> None:
+        """Learn what there is to know of some experts from their factors; by default nothing.
+
+        Called when a model is patched, with all experts, and in `add_expert` with the new one; not when a saved mixture
+        is loaded, whose routers know more.
+
+        Args:
+            banks: of the sites that this router answers for.
+            experts: their ids.
+        """
+
     def linear_gate(self) -> LinearGate | None:
         """This router as a plain linear map, or None if it is none."""
         return None
@@ -59,3 +72,15 @@ class AbstractRouter(nn.Module, ABC):
         mask = torch.tensor(list(available), dtype=torch.bool, device=device)
         self.register_buffer("available_E", mask, persistent=False)
         self.all_available = all(available)
+
+
+@runtime_checkable
+class RouterConfig(Protocol):
+    """Options of a router: a frozen dataclass of plain values that can build it. A `top_k` among them is checked.
+
+    To save mixtures with a router of your own, name its config: `moelora.register_router("mine", MyConfig)`.
+    """
+
+    def build(self, in_features: int, available: Sequence[bool], generator: torch.Generator | None) -> AbstractRouter:
+        """A router for a site with this input width; `available` says which experts have rows there."""
+        ...

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,8 @@ from moelora.tape import Tape
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Given:
     """Options of the given router: it has none. Ids come from `moelora.given_experts(model, ids)`."""
+
+    reads_ids: ClassVar[bool] = True
 
     def build(self, in_features: int, available: Sequence[bool], generator: torch.Generator | None) -> "GivenRouter":
         """A router for a site with this input width; `available` says which experts have rows there."""

@@ -31,9 +31,7 @@ def sum_parts(
 
 @triton.jit
 @no_type_check
-def _sum_parts(
-    parts_ptr, out_ptr, parts, part_stride, more_stride, count, TIMES: tl.constexpr, BLOCK: tl.constexpr
-):
+def _sum_parts(parts_ptr, out_ptr, parts, part_stride, more_stride, count, TIMES: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(parts):

@@ -56,7 +56,7 @@ def for_rows(tile: Tile, *matrices: Tensor | None) -> Tile:
 def for_tail(tile: Tile, like: Tensor) -> Tile:
     """The tile of a kernel that takes two products in one pass, the second of them, the tail, as narrow as 16 columns.
 
-    Triton 3.6 loses its way in shared memory (wrong sums, or an illegal access) with products of three tf32 where a warp
+    Triton 3.6 loses its way in shared memory (wrong sums, illegal access) with products of three tf32 where a warp
     has less than 16 x 16 numbers of the tail to itself.
     """
     return tile._replace(rows=64, warps=4) if like.dtype is torch.float32 else tile
