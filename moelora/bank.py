@@ -3,6 +3,8 @@
 Frozen experts are buffers in the base model's dtype, trainable ones are parameters. In memory the frozen rows stand
 first and the trainable ones behind them; ids are independent of that, so freezing an expert moves its rows and keeps
 its id.
+
+Experts may be heads of one A (HydraLoRA, arXiv 2404.19245): each has its own B, and the A is stored once.
 """
 
 import math
@@ -61,6 +63,7 @@ class ExpertBank(nn.Module):
         ranks: rank of each expert; 0 where an adapter has no LoRA at this site.
         scales: trained scale of each expert.
         trainable: which experts are parameters.
+        shared: which experts are heads of the one A; all of these are parameters, or none.
     """
 
     in_features: int
@@ -90,12 +93,14 @@ class ExpertBank(nn.Module):
         self.ranks: tuple[int, ...] = ()
         self.scales: tuple[float, ...] = ()
         self.trainable: tuple[bool, ...] = ()
+        self.shared: tuple[bool, ...] = ()
         self.register_buffer("A_frozen_RD", torch.zeros(0, in_features, dtype=dtype, device=device))
         self.register_buffer("B_frozen_RO", torch.zeros(0, out_features, dtype=dtype, device=device))
         self.register_buffer("bias_frozen_EO", None)
         for name in ("A_trainable_RD", "B_trainable_RO", "bias_trainable_EO"):
             self.register_parameter(name, None)
         self._known: Factors | None = None
+        self._known_of: tuple[Tensor, Tensor] | None = None
         if not stacking:
             self._index()
 
@@ -111,6 +116,7 @@ class ExpertBank(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         trainable: Iterable[int] = (),
+        shared: Iterable[int] = (),
     ) -> "ExpertBank":
         """A bank of these experts, in this order.
 
@@ -120,12 +126,13 @@ class ExpertBank(nn.Module):
             dtype: of the frozen rows. Trainable rows are fp32.
             device: where the rows go.
             trainable: ids of the experts that are parameters.
+            shared: ids of the experts that are heads of one A.
 
         Raises:
-            ValueError: if an expert's shapes do not fit the site.
+            ValueError: if an expert's shapes do not fit the site, or heads of one A differ in it.
         """
         bank = cls(in_features, out_features, dtype=dtype, device=torch.device(device), stacking=True)
-        bank._fill(experts, frozenset(trainable))
+        bank._fill(experts, frozenset(trainable), frozenset(shared))
         return bank
 
     def split(self) -> list[Expert]:
@@ -135,7 +142,7 @@ class ExpertBank(nn.Module):
     def expert(self, index: int) -> Expert:
         """One expert, as a view of the bank's rows."""
         begin, rank = self._starts_of_kind[index], self.ranks[index]
-        bias_O = None
+        begin_A, bias_O = self._starts_of_A[index], None
         if self.trainable[index]:
             assert self.A_trainable_RD is not None
             assert self.B_trainable_RO is not None
@@ -144,24 +151,33 @@ class ExpertBank(nn.Module):
             A_RD, B_RO, biases = self.A_frozen_RD, self.B_frozen_RO, self.bias_frozen_EO
         if biases is not None and self._has_bias[index]:
             bias_O = biases.detach()[self._place_of_kind[index]]
-        return Expert(A_RD[begin : begin + rank], B_RO[begin : begin + rank], self.scales[index], bias_O)
+        A_RD, B_RO = A_RD[begin_A : begin_A + rank], B_RO[begin : begin + rank]
+        return Expert(A_RD, B_RO, self.scales[index], bias_O)
 
-    def add(self, expert: Expert, *, trainable: bool = False) -> None:
-        """Append one expert; its id is the highest."""
-        ids = {index for index, kind in enumerate(self.trainable) if kind} | ({len(self)} if trainable else set())
-        self._fill([*self.split(), expert], frozenset(ids))
+    def add(self, expert: Expert, *, trainable: bool = False, shared: bool = False) -> None:
+        """Append one expert; its id is the highest. `shared`: as a head of the A that others share.
+
+        Raises:
+            ValueError: if it does not fit the site, or is no head of that A. The bank is as it was then.
+        """
+        kinds, heads = (*self.trainable, trainable), (*self.shared, shared)
+        self._fill([*self.split(), expert], _where(kinds), _where(heads))
 
     def drop(self, index: int) -> None:
         """Remove one expert; those behind it move up by one id."""
-        experts, kinds = self.split(), list(self.trainable)
-        del experts[index], kinds[index]
-        self._fill(experts, frozenset(place for place, kind in enumerate(kinds) if kind))
+        experts, kinds, heads = self.split(), list(self.trainable), list(self.shared)
+        del experts[index], kinds[index], heads[index]
+        self._fill(experts, _where(kinds), _where(heads))
 
     def set_trainable(self, ids: Iterable[int]) -> None:
-        """Make exactly these experts parameters and all others buffers. Experts without rows stay as they are."""
+        """Make exactly these experts parameters and all others buffers. Experts without rows stay as they are.
+
+        Raises:
+            ValueError: if only some of the heads of one A are among them. The bank is as it was then.
+        """
         wanted = frozenset(index for index in ids if self.ranks[index])
-        if wanted != frozenset(index for index, kind in enumerate(self.trainable) if kind):
-            self._fill(self.split(), wanted)
+        if wanted != _where(self.trainable):
+            self._fill(self.split(), wanted, _where(self.shared))
 
     # --- what layers and kernels see ------------------------------------------------------------------------------
 
@@ -186,11 +202,12 @@ class ExpertBank(nn.Module):
     def factors(self) -> Factors:
         """The stacked experts as the kernels read them."""
         # a frozen bank answers each decoded token alike; the check is for those who swap its buffers for others
-        known, buffers = self._known, self._buffers
-        if known is not None and known.A_RD is buffers["A_frozen_RD"] and known.B_RO is buffers["B_frozen_RO"]:
+        known, source, buffers = self._known, self._known_of, self._buffers
+        if source is not None and source[0] is buffers["A_frozen_RD"] and source[1] is buffers["B_frozen_RO"]:
+            assert known is not None
             return known
         factors = Factors(
-            _join(self.A_frozen_RD, self.A_trainable_RD),
+            self._all_A_RD(),
             _join(self.B_frozen_RO, self.B_trainable_RO),
             self.scale_E,
             self.owner_R,
@@ -198,11 +215,13 @@ class ExpertBank(nn.Module):
             self.fill_FP,
             self._biases_EO(),
             (self.owner_1R, self.scale_E[None], self.starts_1E, self.ranks_1E),
+            shared_A_PD=self._one_A_PD(),
         )
         if self.A_trainable_RD is None and factors.bias_EO is None:
             factors = self._known = factors._replace(
                 slices=tuple((A_RD.T, B_RO, scale) for A_RD, B_RO, scale, _ in self.split())
             )
+            self._known_of = self.A_frozen_RD, self.B_frozen_RO
         return factors
 
     def extra_repr(self) -> str:
@@ -214,14 +233,18 @@ class ExpertBank(nn.Module):
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _fill(self, experts: Sequence[Expert], trainable: frozenset[int]) -> None:
+    def _fill(self, experts: Sequence[Expert], trainable: frozenset[int], shared: frozenset[int]) -> None:
         """Take these experts instead of those that are here."""
         for index, expert in enumerate(experts):
             _check(expert, index, self.in_features, self.out_features)
+        _check_heads(experts, trainable, shared)
         device = self.A_frozen_RD.device
         frozen_ids = [index for index in range(len(experts)) if index not in trainable]
         trainable_ids = [index for index in range(len(experts)) if index in trainable]
 
+        # the other heads bring their B only
+        for index in sorted(shared)[1:]:
+            experts = [*experts[:index], experts[index]._replace(A_RD=experts[index].A_RD[:0]), *experts[index + 1 :]]
         A_RD, B_RO, bias_EO = _stack([experts[index] for index in frozen_ids], self, self.frozen_dtype, device)
         self.A_frozen_RD, self.B_frozen_RO, self.bias_frozen_EO = A_RD, B_RO, bias_EO
         A_RD, B_RO, bias_EO = _stack([experts[index] for index in trainable_ids], self, self.trainable_dtype, device)
@@ -229,9 +252,10 @@ class ExpertBank(nn.Module):
         self.B_trainable_RO = nn.Parameter(B_RO) if trainable_ids else None
         self.bias_trainable_EO = None if bias_EO is None else nn.Parameter(bias_EO)
 
-        self.ranks = tuple(expert.rank for expert in experts)
+        self.ranks = tuple(expert.B_RO.shape[0] for expert in experts)
         self.scales = tuple(float(expert.scale) for expert in experts)
         self.trainable = tuple(index in trainable for index in range(len(experts)))
+        self.shared = tuple(index in shared for index in range(len(experts)))
         self._has_bias = tuple(expert.bias_O is not None for expert in experts)
         self._index()
 
@@ -245,7 +269,8 @@ class ExpertBank(nn.Module):
             place_of_kind.append(places[kind])
             counts[kind], places[kind] = counts[kind] + rank, places[kind] + 1
         self._starts_of_kind, self._place_of_kind = tuple(starts_of_kind), tuple(place_of_kind)
-        self._known = None
+        self._starts_of_A = self._index_A()
+        self._known = self._known_of = None
         self._total_rank = sum(self.ranks)
 
         starts = tuple(
@@ -260,6 +285,35 @@ class ExpertBank(nn.Module):
         order = [index for kind in (False, True) for index, is_kind in enumerate(self.trainable) if is_kind is kind]
         self._bias_order = tuple(order.index(index) for index in range(len(self.ranks)))
 
+    def _index_A(self) -> tuple[int, ...]:
+        """Where each expert's rows of A begin among those of its kind; heads of one A begin at the same."""
+        counts, starts, heads_begin = {False: 0, True: 0}, [], None
+        for rank, kind, shared in zip(self.ranks, self.trainable, self.shared, strict=True):
+            known = heads_begin if shared else None
+            starts.append(counts[kind] if known is None else known)
+            if known is None:
+                counts[kind] += rank
+            if shared:
+                heads_begin = starts[-1]
+        return tuple(starts)
+
+    def _all_A_RD(self) -> Tensor:
+        """The rows of A as the experts stand in memory, an A that is shared once for each of its heads."""
+        if not any(self.shared):
+            return _join(self.A_frozen_RD, self.A_trainable_RD)
+        parts = {False: [self.A_frozen_RD[:0]], True: []}
+        for begin, rank, kind in zip(self._starts_of_A, self.ranks, self.trainable, strict=True):
+            rows_RD = self.A_trainable_RD if kind else self.A_frozen_RD
+            assert rows_RD is not None
+            parts[kind].append(rows_RD[begin : begin + rank])
+        return _join(torch.cat(parts[False]), torch.cat(parts[True]) if parts[True] else None)
+
+    def _one_A_PD(self) -> Tensor | None:
+        """The A that all experts share; None if they do not."""
+        if not self.shared or not all(self.shared):
+            return None
+        return self.A_frozen_RD if self.A_trainable_RD is None else self.A_trainable_RD
+
     def _biases_EO(self) -> Tensor | None:
         if self.bias_frozen_EO is None and self.bias_trainable_EO is None:
             return None
@@ -273,7 +327,7 @@ class ExpertBank(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpertBank":
         """`.to(dtype)` moves and casts the rows, but a scale stays exact: it is laid out anew in fp32."""
         super()._apply(fn, recurse)
-        self.frozen_dtype, self._known = self.A_frozen_RD.dtype, None
+        self.frozen_dtype, self._known, self._known_of = self.A_frozen_RD.dtype, None, None
         if self.scale_E.dtype != torch.float32 and not self.scale_E.is_meta:
             self._index()
         return self
@@ -305,6 +359,30 @@ def _concatenated(parts: list[Tensor], width: int, dtype: torch.dtype, device: t
     if not parts:
         return torch.empty(0, width, dtype=dtype, device=device)
     return torch.cat([part.to(device=device, dtype=dtype) for part in parts])
+
+
+def _where(flags: Iterable[bool]) -> frozenset[int]:
+    """The ids of the experts for which this is so."""
+    return frozenset(index for index, flag in enumerate(flags) if flag)
+
+
+def _check_heads(experts: Sequence[Expert], trainable: frozenset[int], shared: frozenset[int]) -> None:
+    if not shared:
+        return
+    if shared & trainable and not shared <= trainable:
+        raise ValueError(
+            f"the experts {sorted(shared)} share one A, so they are trained together or not at all; "
+            f"got {sorted(shared & trainable)} to be trained"
+        )
+    first, *others = sorted(shared)
+    A_RD = experts[first].A_RD
+    for index in others:
+        other_RD = experts[index].A_RD
+        if other_RD.shape != A_RD.shape or not torch.equal(other_RD.to(A_RD), A_RD):
+            raise ValueError(
+                f"the experts {first} and {index} are to share one A, but theirs differ; "
+                f"expected the same {tuple(A_RD.shape)} numbers, bit for bit"
+            )
 
 
 def _check(expert: Expert, index: int, in_features: int, out_features: int) -> None:

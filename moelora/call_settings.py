@@ -70,12 +70,16 @@ class GivenIds:
 class Settings:
     """What a call has to do. The defaults are a mixture at work.
 
+    `own_loss` says that whoever calls the model in training computes a loss on its routings, which are kept and not
+    weighed into `output.loss`; the labels of that loss are `labels_BL`, where the model does not get them.
     `stage` and `ramp` are for routers that are trained in stages (`moelora.set_stage`): which one, and how far it is.
     """
 
     disabled: bool = False
     fixed: FixedMixture | None = None
     given: GivenIds | None = None
+    own_loss: bool = False
+    labels_BL: Tensor | None = None
     stage: str | None = None
     ramp: float = 0.0
 

@@ -5,9 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moelora.kernels.api import BACKENDS
+from moelora.losses.specialization import EntropySign, entropy_weight
+from moelora.routers.arrow import Arrow
 from moelora.routers.base import RouterConfig
+from moelora.routers.classifier import Classifier
 from moelora.routers.given import Given
+from moelora.routers.hard_soft import HardSoft
 from moelora.routers.learned import Learned
+from moelora.routers.phatgoose import Phatgoose
+from moelora.routers.rloo import RLOO
+from moelora.routers.sparsegen import Sparsegen
+from moelora.routers.task_embedding import TaskEmbedding
 
 SCHEMA_VERSION = (1, 0)
 """Major and minor version of `moelora_config.json`. A newer minor is read with a warning, a newer major refused."""
@@ -15,6 +23,13 @@ SCHEMA_VERSION = (1, 0)
 ROUTERS: dict[str, type] = {
     "learned": Learned,
     "given": Given,
+    "arrow": Arrow,
+    "phatgoose": Phatgoose,
+    "classifier": Classifier,
+    "task_embedding": TaskEmbedding,
+    "sparsegen": Sparsegen,
+    "rloo": RLOO,
+    "hard_soft": HardSoft,
 }
 """Routers by the name that `patch_model(router=...)` and the JSON use."""
 
@@ -41,6 +56,10 @@ class AuxLosses:
     """How much each loss on the routings weighs in `output.loss`; `moelora.losses` defines them.
 
     Each is computed for each router and averaged. All zero: no routing is kept in training.
+
+    Attributes:
+        token_entropy: the only weight with a sign. Positive for decided gates, negative for undecided ones.
+        budget: how many experts `over_budget` lets act on a token. No weight.
     """
 
     load_balance: float = 1e-2
@@ -49,15 +68,39 @@ class AuxLosses:
     mutual_information: float = 0.0
     uniform_cross_entropy: float = 0.0
     gate_cross_entropy: float = 0.0
+    token_entropy: float = 0.0
+    over_budget: float = 0.0
+    budget: int = 2
 
     def __post_init__(self) -> None:
-        for name, weight in dataclasses.asdict(self).items():
-            if not weight >= 0 or weight == float("inf"):
+        for name, weight in self._weights().items():
+            size = abs(weight) if name == "token_entropy" else weight
+            if not 0 <= size < float("inf"):
                 raise ValueError(f"the weight of the loss {name} must be finite and not negative, got {weight}")
+        if self.budget < 1:
+            raise ValueError(f"budget must be at least 1, since some expert acts on each token; got {self.budget}")
+
+    @classmethod
+    def lora_mixer(cls, *, alpha: float = 1e-2, lam: float = 1e-2, entropy: EntropySign = "as_printed") -> "AuxLosses":
+        """LoRA-Mixer's routing specialization loss, alpha * balance -+ lam * entropy, and nothing else.
+
+        Args:
+            alpha: weight of the balance.
+            lam: weight of the entropy of each token's gate. The paper's values of both are not known.
+            entropy: "as_printed" makes gates undecided, as the paper's formula does; "specialize" decided, as its text
+                says. See `losses.routing_specialization`.
+
+        Raises:
+            ValueError: for an unknown `entropy`.
+        """
+        return cls(load_balance=alpha, token_entropy=entropy_weight(entropy, lam))
 
     def active(self) -> dict[str, float]:
         """The losses that weigh anything."""
-        return {name: weight for name, weight in dataclasses.asdict(self).items() if weight}
+        return {name: weight for name, weight in self._weights().items() if weight}
+
+    def _weights(self) -> dict[str, float]:
+        return {name: weight for name, weight in dataclasses.asdict(self).items() if name != "budget"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +113,8 @@ class MoELoRAConfig:
         losses: weights of the losses on the routings.
         alpha: of fresh experts, whose scale is alpha / rank; None means alpha = 2 * rank.
         use_rslora: fresh experts take alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+        shared_A: fresh experts are heads B_e of one A at each projection (HydraLoRA, Tian et al. 2024,
+            arXiv 2404.19245).
         dropout: LoRA dropout of the experts' input in training.
         backend: which implementation of the kernels runs: "auto", "reference", "dense",
             "gathered" or "triton".
@@ -81,6 +126,7 @@ class MoELoRAConfig:
     losses: AuxLosses = field(default_factory=AuxLosses)
     alpha: float | None = None
     use_rslora: bool = False
+    shared_A: bool = False
     dropout: float = 0.0
     backend: str = "auto"
     seed: int = 0
@@ -96,7 +142,7 @@ class MoELoRAConfig:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"alpha must be positive, got {self.alpha}")
-        if self.share_router and isinstance(self.router, Given):
+        if self.share_router and isinstance(self.router, Given | Classifier):
             raise ValueError("share_router has no meaning for a router of given ids; leave it off")
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,4 +196,15 @@ def resolve_router(router: "str | RouterConfig", *, top_k: int) -> RouterConfig:
         raise ValueError(f"unknown router {router!r}; expected one of {sorted(ROUTERS)} or a router's configuration")
     if router == "learned":
         return Learned(top_k=top_k, combine="unit" if top_k == 1 else "renormalized")
-    return ROUTERS[router]()
+    kind = ROUTERS[router]
+    needed = [
+        option.name
+        for option in dataclasses.fields(kind)
+        if option.default is option.default_factory is dataclasses.MISSING
+    ]
+    if needed:
+        raise ValueError(
+            f"router={router!r} has options without a default, {needed}; "
+            f"pass its configuration, {kind.__name__}({needed[0]}=...)"
+        )
+    return kind()

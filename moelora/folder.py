@@ -58,6 +58,7 @@ def write_mixture(
     for index, name in enumerate(mixture.names):
         parts = parts_of(mixture, index)
         trainable = any(layer.bank.trainable[index] for layer in mixture.layers.values())
+        shared_A = any(layer.bank.shared[index] for layer in mixture.layers.values())
         source = dict(mixture.sources[index])
         own = trainable or name in mixture.changed or source["kind"] not in reloadable
         place = f"experts/{index:03d}" if include_experts or own else None
@@ -73,6 +74,7 @@ def write_mixture(
                 "folder": place,
                 "sha256": source["sha256"],
                 "trainable": trainable,
+                "shared_A": shared_A,
                 "ranks": {path: expert.rank for path, expert in parts.items() if expert.rank},
                 "scales": {path: expert.scale for path, expert in parts.items() if expert.rank},
             }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moelora.aux_losses import distinct, weigh
 from moelora.call_settings import GivenIds
 from moelora.config import AuxLosses, MoELoRAConfig
+from moelora.latch import put, turn_of
 from moelora.layer import MoELoRALinear
 from moelora.routers.learned import LearnedRouter
 from moelora.routing import NO_EXPERT, dense_weights
@@ -25,6 +26,7 @@ IDS = "expert_ids"
 TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
 # the cache's name before and since transformers 5.24
 CACHES = ("past_key_values", "cache")
+CONVERSATIONS = (*CACHES, "cache_params")
 INPUTS = (*TOKENS, "input_features", "input_values", "pixel_values")
 
 
@@ -51,13 +53,18 @@ class StackHooks:
     def open(self, args: tuple[Any, ...], kwargs: dict[str, Any], given: GivenIds | None = None) -> None:
         """Tell the tape, and which ids came with the call."""
         values = dict(zip(self.names, args, strict=False)) | kwargs
-        reads_ids = given is not None or self.tape.settings.given is not None
-        start = cached_length(values) if self.tape.depth == 0 and reads_ids else 0
+        if given is None and self.tape.depth == 0 and self.tape.classifier is not None:
+            given = self.tape.classifier.begin(values)
+        wanted = given or self.tape.settings.given
+        # only ids of tokens depend on it, and a cache of states alone, Mamba's, does not count
+        start = cached_length(values) if self.tape.depth == 0 and wanted and wanted.ids.ndim > 1 else 0
         self.tape.begin(read_frame(values, self.tape), start=start, given=given)
 
     def end(self, stack: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """A stack ends, or failed."""
         self.tape.end()
+        if self.tape.depth == 0 and self.tape.classifier is not None:
+            self.tape.classifier.end(output)
 
 
 class RootHooks(StackHooks):
@@ -100,10 +107,12 @@ class RootHooks(StackHooks):
                 kwargs = dict(kwargs)
                 given = GivenIds(ids=self.check_ids(kwargs.pop(IDS)))
         self.open(args, kwargs, given)
+        if outermost and self.latches:
+            self.open_conversation(stack, args, kwargs)
         if outermost:
             self.settled = False
         if outermost and stack.training and torch.is_grad_enabled():
-            wanted = len(self.losses.active()) > 0 or len(self.balanced()) > 0
+            wanted = len(self.losses.active()) > 0 or len(self.balanced()) > 0 or self.tape.current.own_loss
             self.tape.collect(wanted, supervised=self.losses.gate_cross_entropy > 0)
             if not torch.compiler.is_compiling():
                 self.watch_gradients(stack)
@@ -111,6 +120,11 @@ class RootHooks(StackHooks):
 
     def finish(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """What a training call returns: its loss with those on the routings, watched for its backward pass."""
+        if self.tape.turn is not None and self.tape.turn.first and self.tape.depth == 1:
+            values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+            cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
+            if cache is not None:
+                put(self.tape.turn, cache)
         if self.tape.depth != 1 or not stack.training or not torch.is_grad_enabled():
             return None
         changed = self.add_losses(stack, kwargs, output)
@@ -120,7 +134,7 @@ class RootHooks(StackHooks):
 
     def add_losses(self, stack: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         """The output with the weighted losses added to the model's own; None where there is nothing to add."""
-        if not self.tape.records or not self.losses.active():
+        if not self.tape.records or not self.losses.active() or self.tape.current.own_loss:
             return None
         loss = loss_in(output, kwargs)
         if loss is None:
@@ -136,6 +150,37 @@ class RootHooks(StackHooks):
         else:
             output.loss, output.aux_loss = total, aux.detach()
         return output
+
+    @property
+    def latches(self) -> bool:
+        """Whether the router decides by prompts, and keeps its decisions along a conversation."""
+        return getattr(self.config.router, "latches", False)
+
+    def open_conversation(self, stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Tell the tape which tokens are prompt, and find what was decided before in the call's cache.
+
+        Raises:
+            ValueError: where prompts are not known: under a compiler, in encoder-decoder models, without tokens.
+        """
+        router, frame = self.config.router, self.tape.frame
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{router} keeps decisions on the key-value cache, which a compiled model cannot; do not compile it, "
+                "and in generate pass disable_compile=True with a static cache"
+            )
+        values = dict(zip(self.names, args, strict=False)) | dict(kwargs)
+        name = next((name for name in TOKENS if isinstance(values.get(name), Tensor)), None)
+        encoder_decoder = getattr(getattr(stack, "config", None), "is_encoder_decoder", False)
+        if frame is None or name is None or encoder_decoder:
+            raise ValueError(
+                f"{router} decides by prompts, which are for decoder models of tokens (input_ids or inputs_embeds); "
+                f"this {type(stack).__name__} was called with {sorted(values)}"
+            )
+        cache = next((values[name] for name in CONVERSATIONS if values.get(name) is not None), None)
+        labels_BL = values["labels"] if values.get("labels") is not None else self.tape.current.labels_BL
+        if not predicts_next(stack):
+            labels_BL = None
+        self.tape.open_conversation(prompt_mask(values[name], frame.mask_BL, labels_BL), turn_of(cache))
 
     def check_ids(self, ids: Any) -> Tensor:
         """Ids that came with a call, as a tensor of those that the router knows.
@@ -238,6 +283,30 @@ def reads_ids(config: MoELoRAConfig) -> bool:
 def argument_names(kind: type[nn.Module]) -> tuple[str, ...]:
     """Names of the positional arguments of a module's forward."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether a transformers model is a decoder whose labels are its inputs, each predicted by the token before it."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    # some causal classes are older than the naming that transformers reads the loss from
+    old = type(model).__name__.endswith("LMHeadModel")
+    return old or getattr(model, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
+
+
+def prompt_mask(tokens: Tensor, mask_BL: Tensor | None, labels_BL: Tensor | None) -> Tensor:
+    """Which tokens are prompt: all that are real, up to a row's first label.
+
+    Behind it a prompt would know the answer, in training, that it is to be the prompt of. A row's first token is prompt
+    also where it has a label, since no token predicts it.
+    """
+    batch, length = tokens.shape[:2]
+    real_BL = tokens.new_ones(batch, length, dtype=torch.bool) if mask_BL is None else mask_BL[:, -length:].bool()
+    if labels_BL is None:
+        return real_BL
+    before_BL = (labels_BL != -100).cumsum(1) == 0
+    first_BL = real_BL.cumsum(1) == 1
+    return real_BL & (before_BL.to(real_BL.device) | first_BL)
 
 
 def read_frame(values: Mapping[str, Any], tape: Tape) -> Frame:

@@ -14,6 +14,9 @@ from moelora.integrations.matching import match_adapter
 from moelora.integrations.sources import check_name
 from moelora.mixture import Mixture, find_mixture
 from moelora.patch import fresh_scale
+from moelora.router_start import start_at_prototype
+
+ROUTER_STARTS = ("prototype", "zero")
 
 
 def add_expert(
@@ -23,6 +26,7 @@ def add_expert(
     name: str | None = None,
     rank: int | None = None,
     trainable: bool | None = None,
+    router_start: str = "prototype",
     revision: str | None = None,
     token: "str | bool | None" = None,
     endpoint: str | None = None,
@@ -31,8 +35,8 @@ def add_expert(
 ) -> None:
     """Append an expert to a patched model: an adapter, or with `rank` and no source a fresh one.
 
-    Routers keep what they know of the others; a learned router starts the new expert at a score of 0. Parameters
-    change their identity, so make the optimiser afterwards.
+    Routers keep what they know of the others, bit for bit. Parameters change their identity, so make the optimiser
+    afterwards.
 
     Args:
         model: a patched model.
@@ -40,6 +44,10 @@ def add_expert(
         name: of the expert; by default it is derived from the source.
         rank: of a fresh expert.
         trainable: by default adapters are frozen and fresh experts trained.
+        router_start: where linear routers start the new expert. "prototype": at the direction of inputs that its
+            factors lengthen most (as `Arrow`), as long as the other rows are on average; a fresh expert, whose B is
+            zero, has none and starts at a score of 0. The direction's sign is a convention, and may turn the expert's
+            inputs away at first: `moelora.warm_start` chooses it by data. "zero": at a score of 0.
         revision, token, endpoint, cache_dir, local_files_only: for the hub.
 
     Raises:
@@ -47,6 +55,8 @@ def add_expert(
             The model is as it was then.
     """
     _, mixture = find_mixture(model)
+    if router_start not in ROUTER_STARTS:
+        raise ValueError(f"unknown router_start {router_start!r}; expected one of {ROUTER_STARTS}")
     if (source is None) == (rank is None):
         raise ValueError("pass either an adapter as source, or rank= for a fresh expert")
     if rank is not None:
@@ -66,10 +76,24 @@ def add_expert(
 
     for path, layer in mixture.layers.items():
         expert = experts[path]
-        layer.bank.add(expert, trainable=bool(expert.rank) and (source is None if trainable is None else trainable))
-    for router, layers in mixture.by_router():
-        router.add_experts([any(layer.bank.ranks[-1] for layer in layers)])
-        router.start_from([layer.bank for layer in layers], [len(mixture.names)])
+        wanted = bool(expert.rank) and (source is None if trainable is None else trainable)
+        layer.bank.add(expert, trainable=wanted, shared=source is None and mixture.config.shared_A)
+    grown = []
+    try:
+        for router, layers in mixture.by_router():
+            router.add_experts([any(layer.bank.ranks[-1] for layer in layers)])
+            grown.append(router)
+            banks = [layer.bank for layer in layers]
+            router.start_from(banks, [len(mixture.names)])
+            if router_start == "prototype":
+                start_at_prototype(router, banks, len(mixture.names))
+    except ValueError:
+        # a router may refuse an expert
+        for layer in mixture.layers.values():
+            layer.bank.drop(len(mixture.names))
+        for router in grown:
+            router.keep_experts(range(len(mixture.names)))
+        raise
     mixture.names.append(name)
     mixture.sources.append(origin.to_dict())
     if any(layer.bank.trainable[-1] for layer in mixture.layers.values()):
@@ -128,14 +152,20 @@ def set_trainable(model: nn.Module, *, routers: bool = True, experts: "bool | It
 
 
 def _fresh(mixture: Mixture, rank: int) -> dict[str, Expert]:
+    """A fresh expert for every site; in a mixture of heads, another head."""
     config: MoELoRAConfig = mixture.config
     generator = torch.Generator().manual_seed(config.seed + len(mixture.names))
-    return {
-        path: fresh_expert(
-            layer.in_features, layer.out_features, rank, scale=fresh_scale(config, rank), generator=generator
-        )
-        for path, layer in mixture.layers.items()
-    }
+    made = {}
+    for path, layer in mixture.layers.items():
+        scale = fresh_scale(config, rank)
+        expert = fresh_expert(layer.in_features, layer.out_features, rank, scale=scale, generator=generator)
+        if config.shared_A and any(layer.bank.shared):
+            A_RD = layer.bank.expert(layer.bank.shared.index(True)).A_RD
+            if A_RD.shape[0] != rank:
+                raise ValueError(f"a fresh expert shares the A of the others, of rank {A_RD.shape[0]}; got rank={rank}")
+            expert = expert._replace(A_RD=A_RD)
+        made[path] = expert
+    return made
 
 
 def _placed(model: nn.Module, mixture: Mixture, adapter: Any) -> dict[str, Expert]:

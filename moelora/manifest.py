@@ -37,6 +37,7 @@ class ExpertEntry:
         trainable: whether its factors were parameters.
         ranks: rank at every site that it has rows for.
         scales: its trained scale there.
+        shared_A: whether it is a head of the A that it shares with the others of the kind.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ExpertEntry:
     trainable: bool
     ranks: dict[str, int]
     scales: dict[str, float]
+    shared_A: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +116,13 @@ def _manifest(values: dict[str, Any]) -> Manifest:
 def _expert(entry: dict[str, Any], sites: dict[str, Any]) -> ExpertEntry:
     name, folder, sha256 = entry["name"], entry["folder"], entry["sha256"]
     ranks, scales, trainable = entry["ranks"], entry["scales"], entry["trainable"]
+    shared_A = entry.get("shared_A", False)
     source = AdapterSource.from_dict(entry["source"])
     _expect(isinstance(name, str), "the name of an expert", "text", name)
     _expect(folder is None or _matches(_FOLDER, folder), f"folder of {name!r}", "null or experts/NNN", folder)
     _expect(sha256 is None or _matches(_SHA256, sha256), f"sha256 of {name!r}", "64 hexadecimal digits", sha256)
     _expect(isinstance(trainable, bool), f"trainable of {name!r}", "true or false", trainable)
+    _expect(isinstance(shared_A, bool), f"shared_A of {name!r}", "true or false", shared_A)
     for field in ("kind", "location"):
         _expect(isinstance(getattr(source, field), str), f"source.{field} of {name!r}", "text", entry["source"])
     if folder is None:
@@ -132,7 +136,14 @@ def _expert(entry: dict[str, Any], sites: dict[str, Any]) -> ExpertEntry:
     _expect(set(ranks) == set(scales), f"ranks and scales of {name!r}", "the same sites", sorted(ranks))
     scales = {path: float(scale) for path, scale in scales.items()}
     return ExpertEntry(
-        name=name, source=source, folder=folder, sha256=sha256, trainable=trainable, ranks=ranks, scales=scales
+        name=name,
+        source=source,
+        folder=folder,
+        sha256=sha256,
+        trainable=trainable,
+        ranks=ranks,
+        scales=scales,
+        shared_A=shared_A,
     )
 
 

@@ -174,8 +174,9 @@ def given_experts(
     """
     _, mixture = find_mixture(model)
     _check_reads_ids(mixture)
-    tensor = given_tensor(mixture.given_names, ids)
-    last = None if rest is None else int(given_tensor(mixture.given_names, rest))
+    names, what = mixture.given_names, "expert" if mixture.given_names is mixture.names else "task"
+    tensor = given_tensor(names, ids, what)
+    last = None if rest is None else int(given_tensor(names, rest, what))
     with _settings(model, given=GivenIds(ids=tensor, rest=last)):
         yield
 
@@ -240,6 +241,18 @@ def record(model: nn.Module) -> Iterator[Recording]:
     finally:
         # by identity: two recordings may hold equal contents
         mixture.tape.recordings[:] = [kept for kept in mixture.tape.recordings if kept is not recording._records]
+
+
+@contextmanager
+def own_loss(model: nn.Module, *, labels_BL: Tensor | None = None) -> Iterator[None]:
+    """Keep the routings of training calls for a loss of the caller's own, and add none to `output.loss`.
+
+    Args:
+        model: a patched model.
+        labels_BL: of that loss, for routers that decide by prompts, where the model does not get them.
+    """
+    with _settings(model, own_loss=True, labels_BL=labels_BL):
+        yield
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -315,14 +328,16 @@ def _check_reads_ids(mixture: Mixture) -> None:
         )
 
 
-def given_tensor(names: Sequence[str], ids: "str | int | Sequence[str | int] | Tensor") -> Int[Tensor, "..."]:
-    """Names or ids as a tensor of ids, checked."""
+def given_tensor(
+    names: Sequence[str], ids: "str | int | Sequence[str | int] | Tensor", what: str = "expert"
+) -> Int[Tensor, "..."]:
+    """Names or ids as a tensor of ids, checked; `what` they name, for the errors."""
     if isinstance(ids, Tensor):
         tensor = ids
     elif isinstance(ids, str | int):
-        tensor = torch.tensor(_index(ids, names, "expert") if isinstance(ids, str) else ids)
+        tensor = torch.tensor(_index(ids, names, what) if isinstance(ids, str) else ids)
     else:
-        rows = [_index(entry, names, "expert") if isinstance(entry, str) else entry for entry in ids]
+        rows = [_index(entry, names, what) if isinstance(entry, str) else entry for entry in ids]
         try:
             tensor = torch.tensor(rows)
         except (TypeError, ValueError) as error:

@@ -80,6 +80,10 @@ def patch_model(
     refuse_patched(model)
     config = _resolve_config(config, router, top_k)
     _check_fresh(experts, num_experts, rank)
+    if config.shared_A and num_experts is None:
+        raise ValueError(
+            "shared_A is for fresh experts, and there are none; pass num_experts= and rank=, or leave it off"
+        )
     adapters = []
     if experts is not None:
         adapters = load_adapters(
@@ -107,8 +111,12 @@ def patch_model(
     if dry_run:
         return plan
     carry_out(model, plan)
-    for started, layers in find_mixture(model)[1].by_router():
-        started.start_from([layer.bank for layer in layers], range(len(plan.experts)))
+    try:
+        for started, layers in find_mixture(model)[1].by_router():
+            started.start_from([layer.bank for layer in layers], range(len(plan.experts)))
+    except BaseException:
+        unpatch_model(model)
+        raise
     return model
 
 
@@ -215,6 +223,9 @@ def build_bank(
         if made is None:
             scale = fresh_scale(plan.config, expert.rank)
             made = fresh_expert(site.in_features, site.out_features, expert.rank, scale=scale, generator=generator)
+            if expert.shared_A:
+                first = next((other for other in range(len(experts)) if plan.experts[other].shared_A), None)
+                made = made if first is None else made._replace(A_RD=experts[first].A_RD)
         experts.append(made)
     trainable = [index for index, expert in enumerate(plan.experts) if expert.trainable and experts[index].rank]
     return ExpertBank.stack(
@@ -224,6 +235,7 @@ def build_bank(
         dtype=dtype,
         device=device,
         trainable=trainable,
+        shared=[index for index, expert in enumerate(plan.experts) if expert.shared_A and experts[index].rank],
     )
 
 

@@ -21,13 +21,17 @@ logger: logging.Logger = logging.getLogger("moelora")
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertPlan:
-    """One expert to be: its name, its source, and its factors at each site (None: fresh, of this rank)."""
+    """One expert to be: its name, its source, and its factors at each site (None: fresh, of this rank).
+
+    `shared_A`: it is a head of the A that it shares with the others of the kind.
+    """
 
     name: str
     source: AdapterSource
     factors: Mapping[str, SiteFactors] | None
     rank: int = 0
     trainable: bool = False
+    shared_A: bool = False
 
     def at(self, site: Site) -> Expert | None:
         """The expert's factors at a site; None where they have to be made."""
@@ -131,7 +135,9 @@ def make_plan(
     for number in range(num_experts):
         source = AdapterSource(kind="fresh", location=f"rank {rank}")
         name = f"expert{number}"
-        experts.append(ExpertPlan(name=name, source=source, factors=None, rank=rank, trainable=True))
+        experts.append(
+            ExpertPlan(name=name, source=source, factors=None, rank=rank, trainable=True, shared_A=config.shared_A)
+        )
     names = [expert.name for expert in experts]
     if len(set(names)) < len(names):
         raise ValueError(f"experts need different names, got {names}; pass a mapping of names to sources")

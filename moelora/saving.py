@@ -239,7 +239,7 @@ def _expert_as_saved(expert: ExpertPlan, entry: ExpertEntry) -> ExpertPlan:
             f"{len(entry.ranks)} sites are not those that were saved, such as {differing[:3]}"
         )
     exact = {path: replace(found, scale=entry.scales[path]) for path, found in factors.items()}
-    return replace(expert, factors=exact, trainable=entry.trainable)
+    return replace(expert, factors=exact, trainable=entry.trainable, shared_A=entry.shared_A)
 
 
 def _name_in_base(name: str, manifest: Manifest) -> str:

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from moelora.call_settings import GivenIds, Settings
+from moelora.latch import Turn
 from moelora.routing import Routing
 
 CALLS_BEFORE_BACKWARD = 16
@@ -58,11 +59,12 @@ class Record(NamedTuple):
 
 @dataclass(eq=False, frozen=True, kw_only=True)
 class Call:
-    """One call of the model: its number, its settings, and how many tokens the cache held when it began."""
+    """One call of the model: its number, its settings, how many tokens the cache held when it began, its prompts."""
 
     number: int
     settings: Settings
     start: int
+    prompt_BL: Tensor | None = None
 
 
 @dataclass
@@ -72,11 +74,14 @@ class Tape:
     settings: Settings = field(default_factory=Settings)
     generator: torch.Generator | None = None  # of noisy routers; None is torch's own, which checkpointing restores
     recordings: "list[dict[str, list[Record]]]" = field(default_factory=list)
+    classifier: Any = None  # names the experts of a call when it begins, see `moelora/classifying.py`
 
     leading: tuple[int, ...] = ()  # shape, without its last axis, of the input that a site is at work on
 
     _call: Settings = field(default_factory=Settings)
     _start: int = 0  # tokens that the cache held when the call began
+    _prompt_BL: Tensor | None = None  # which tokens of the call are prompt, where somebody decides by prompts
+    _turn: Turn | None = None  # the call as a part of its conversation, likewise
     _number: int = 0  # of the call; compiled code does not count, or it would be compiled for each number
     _frames: list[Frame] = field(default_factory=list)
     _backward: list[Call] = field(default_factory=list)  # calls that the running backward pass goes through
@@ -108,6 +113,7 @@ class Tape:
         if not self._frames and not in_backward():
             self._call = self.settings if given is None else replace(self.settings, given=given)
             self._start = start
+            self._prompt_BL = self._turn = None
             if not torch.compiler.is_compiling():
                 self._number += 1
             self._collecting = self._supervised = False
@@ -119,10 +125,18 @@ class Tape:
 
     def end(self) -> None:
         """A stack ends. The outermost one closes the call, whose records stay until the next."""
+        if not self._frames:
+            # a call that was refused before it began
+            return
         self._frames.pop()
         if not self._frames:
+            self._turn = None
             self._shared.clear()
             self._handed.clear()
+
+    def open_conversation(self, prompt_BL: Bool[Tensor, "B L"], turn: Turn) -> None:
+        """Tell those who decide by prompts which tokens of the running call are prompt, and what came before it."""
+        self._prompt_BL, self._turn = prompt_BL, turn
 
     def collect(self, wanted: bool, *, supervised: bool = False) -> None:
         """Keep the routings of the running call for its losses, or do not; `supervised`: with the given ids."""
@@ -164,7 +178,7 @@ class Tape:
                 output.register_hook(enter)
 
     def _latest(self) -> Call:
-        return Call(number=self._number, settings=self._call, start=self._start)
+        return Call(number=self._number, settings=self._call, start=self._start, prompt_BL=self._prompt_BL)
 
     def _enter_backward(self, call: Call, gradient: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -215,7 +229,7 @@ class Tape:
 
     def write(self, site: str, routing: Routing, *, reads_encoder: bool = False, repeated: bool = False) -> None:
         """Keep a site's routing for losses and recordings."""
-        target_T = self.given_ids(routing.experts_TK.device)[:, 0] if self._supervised else None
+        target_T = self._target_ids(routing.experts_TK.device) if self._supervised else None
         record = Record(routing, self.valid_tokens(reads_encoder=reads_encoder), repeated, target_T)
         if self._collecting:
             self.records.setdefault(site, []).append(record)
@@ -273,6 +287,41 @@ class Tape:
             return None
         # with a cache the mask covers the past as well; ours are its last columns
         return mask_BL[:, -length:].reshape(-1).bool()
+
+    def _target_ids(self, device: torch.device) -> Int[Tensor, " T"]:
+        """What a supervised router should have chosen: the first of the given ids of each token."""
+        if not self.has_ids:
+            raise ValueError(
+                "the loss gate_cross_entropy compares each router's scores with ids that say who should act, and none "
+                "came with this training call; call the model as model(**batch, expert_ids=ids), or inside "
+                "`with moelora.given_experts(model, ids):`"
+            )
+        return self.given_ids(device)[:, 0]
+
+    @property
+    def turn(self) -> Turn | None:
+        """The running call as a part of its conversation; None in a second pass, which decides again what it did."""
+        return self._turn if self._frames and not in_backward() else None
+
+    def prompt_of(self, leading: tuple[int, ...]) -> Bool[Tensor, "B L"]:
+        """Which tokens of an input of shape `leading` + (D,) are prompt.
+
+        Raises:
+            ValueError: if nobody knows, or the input is not that of all rows and tokens of the call.
+        """
+        prompt_BL = self._prompt_BL if self._frames else self.second_pass().prompt_BL
+        if prompt_BL is None:
+            raise ValueError(
+                "this mixture decides by prompts, which only a call of the patched model itself tells; "
+                "call model(...), not a part of it"
+            )
+        batch, length = prompt_BL.shape
+        if leading not in {(batch, length), (batch * length,)}:
+            raise ValueError(
+                f"this mixture decides by prompts of {batch} rows of {length} tokens, but the input of a site has the "
+                f"shape {tuple(leading)}; leave such sites out of targets, or take granularity='token'"
+            )
+        return prompt_BL
 
     @property
     def has_ids(self) -> bool:

@@ -64,7 +64,11 @@ def test_an_added_expert_is_the_one_that_a_fresh_patch_has(kind, folders):
     for router in model._moelora.routers().values():
         for name, value in router.state_dict().items():
             assert torch.equal(value[:2], before[id(router)][name])
-            assert not value[2:].any(), "the new expert starts at a score of 0"
+            if name == "weight_ED":
+                length = float(value[:2][router.available_E[:2]].norm(dim=-1).mean())
+                assert float(value[2].norm()) == pytest.approx(length, rel=1e-5), "the new one starts at its prototype"
+            else:
+                assert not value[2:].any()
     if kind == "given":
         with moelora.given_experts(model, "c"):
             assert torch.equal(output_of(model), alone(model, "c"))
@@ -130,6 +134,7 @@ def test_a_fresh_expert_changes_nothing_until_it_is_trained(folders):
     moelora.add_expert(model, name="new", rank=4)
 
     assert torch.equal(alone(model, "new"), base)
+    assert not any(router.weight_ED[2].any() for router in model._moelora.routers().values()), "a score of 0"
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert any(".bank.A_trainable_RD" in name for name in trained)
     inputs = tiny.inputs(model)

@@ -1,4 +1,4 @@
-"""Input-side rows chosen before training, so that they need no constraint in it. Begin with designed_rows and FixedBasis.
+"""Rows chosen before training, so that they need no constraint in it. Begin with designed_rows and FixedBasis.
 
     benign_SD = benign_basis(covariance_of_benign_text)
     A_RD = designed_rows(forget_inputs_ND, benign_SD, rank=8)      # frozen; only B is trained
@@ -19,7 +19,7 @@ from moelora.continual.subspace import check_orthonormal, project_rows
 def benign_basis(inputs: Float[Tensor, "N D"] | InputCovariance, energy: float = 0.99) -> Float[Tensor, "S D"]:
     """Orthonormal basis of the smallest subspace that holds this share of the inputs' energy (sum of squares), in fp64.
 
-    GPM (Saha et al. 2021, eq. 5, https://arxiv.org/abs/2103.09762), of inputs taken together.
+    GPM (Saha et al. 2021, https://arxiv.org/abs/2103.09762), of inputs taken together.
 
     Args:
         inputs: at one site, of a benign corpus, without padding; or their `InputCovariance`.
@@ -31,7 +31,7 @@ def benign_basis(inputs: Float[Tensor, "N D"] | InputCovariance, energy: float =
     if not 0 < energy <= 1:
         raise ValueError(f"energy must be in (0, 1], got {energy}")
     energy_S, rows_SD = directions(inputs)
-    used = num_used(energy_S, float(energy_S.amax())) if len(energy_S) else 0
+    used = num_used(energy_S, float(energy_S.sum()))
     if not used:
         raise ValueError("the inputs span nothing; give at least one input that is not zero")
     held_S = energy_S[:used].cumsum(0) / energy_S[:used].sum()
@@ -66,7 +66,6 @@ def designed_rows(
         dtype = torch.promote_types(forget_inputs.dtype, torch.float32)
         exact_ND = forget_inputs.detach().double()
         whole = float(exact_ND.square().sum())
-        # the basis is given in its own dtype: orthonormal to its own rounding
         rest = project_rows(exact_ND, avoid_basis_SD)
     energy_S, rows_SD = directions(rest)
 
@@ -74,7 +73,7 @@ def designed_rows(
     left = num_used(energy_S, whole)
     if left < rank:
         raise ValueError(
-            f"the forget inputs have {left} directions outside the avoided subspace of {len(avoid_basis_SD)}, "
+            f"the forget inputs have {left} direction(s) outside the avoided subspace of {len(avoid_basis_SD)}, "
             f"but rank is {rank}; lower the rank, give more forget inputs, or avoid less (a smaller energy)"
         )
     return rows_SD[:rank].to(dtype)
@@ -84,7 +83,7 @@ def designed_rows(
 class FixedBasis:
     """One orthonormal basis of R^D, handed out row by row: experts whose rows come from it are orthogonal for good.
 
-    PLAN (Wang et al., ICCV 2025) takes every task's A from one fixed basis and trains B only.
+    PLAN (ICCV 2025) takes every task's A from one fixed basis and trains B only.
 
     `FixedBasis.random` and `FixedBasis.least_used` make one. To go on after a restart, keep `basis_DD` and `used`, or
     the rows themselves: a basis computed again may differ by rounding.

@@ -80,9 +80,9 @@ def directions(
     return length_S.square(), rows_SD
 
 
-def num_used(energy_S: Float[Tensor, " S"], largest: float) -> int:
-    """How many directions are more than the rounding of inputs whose strongest direction has energy `largest`."""
-    return int(((energy_S > 0) & (energy_S > RANK_TOLERANCE**2 * largest)).sum())
+def num_used(energy_S: Float[Tensor, " S"], whole: float) -> int:
+    """How many directions hold more than the rounding of inputs whose energy is `whole`."""
+    return int(((energy_S > 0) & (energy_S > RANK_TOLERANCE**2 * whole)).sum())
 
 
 def check_inputs(inputs_ND: Float[Tensor, "N D"]) -> None:

@@ -31,7 +31,7 @@ class NullspaceConstraint:
 
     Attributes:
         parameter: what is held.
-        basis_SD: the orthonormal rows that it stays orthogonal to; at least fp32, on the parameter's device.
+        basis_SD: the orthonormal rows that it stays orthogonal to; in the parameter's dtype, at least fp32.
 
     Raises:
         ValueError: if the shapes do not fit, the basis is not orthonormal or leaves no direction, or if rows of the
@@ -55,7 +55,7 @@ class NullspaceConstraint:
         check_orthonormal(basis_SD)
         self.parameter = parameter
         self.basis_SD = basis_SD.detach().to(
-            device=parameter.device, dtype=torch.promote_types(basis_SD.dtype, torch.float32), copy=True
+            device=parameter.device, dtype=torch.promote_types(parameter.dtype, torch.float32), copy=True
         )
         self._check_start()
         self.project_()

@@ -9,7 +9,6 @@ losses of two papers, to compare with. `moelora.continual.nullspace` keeps rows 
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 from einops import einsum
@@ -19,7 +18,7 @@ from torch import Tensor
 from moelora.bank import Expert
 from moelora.continual.subspace import row_basis
 
-Side = Literal["in", "out", "both"]
+SIDES = ("in", "out", "both")
 """Which factor is compared: the input-side rows A, the output-side rows B, or the mean of both."""
 
 
@@ -27,8 +26,8 @@ def overlap(new_RD: Float[Tensor, "R D"], old_SD: Float[Tensor, "S D"]) -> Float
     """Mean squared cosine of the principal angles between two row spaces: ||Q_old Q_new^T||_F^2 / rank of new.
 
     Q are orthonormal bases of the rows (QR). In [0, 1]: 0 if the spaces are orthogonal, 1 if the new one lies in the
-    old one. It does not change when the rows of either are scaled or mixed, so that it cannot be made small by shrinking
-    a factor; its gradient is orthogonal to the new rows, and grows as they shrink.
+    old one. It does not change when the rows of either are scaled or mixed, so it cannot be made small by shrinking a
+    factor; its gradient is orthogonal to the new rows, and grows as they shrink.
 
     Dependent rows are judged by the space that they span, and divided by its dimension; `row_basis` says what gradient
     they get. Rows that are all zero, as those of a fresh B, span nothing: 0, with a gradient of 0. No rows, on either
@@ -47,14 +46,14 @@ def mean_overlap(new_RD: Float[Tensor, "R D"], olds: Sequence[Float[Tensor, "_ D
     return _share(new_RD, [row_basis(old_SD.detach()) for old_SD in olds])
 
 
-def expert_overlap(new: Expert, olds: Sequence[Expert], side: Side) -> Float[Tensor, ""]:
+def expert_overlap(new: Expert, olds: Sequence[Expert], side: str) -> Float[Tensor, ""]:
     """`mean_overlap` of one expert with its predecessors at the same site, on the chosen side.
 
     Raises:
         ValueError: for an unknown side.
     """
-    if side not in get_args(Side):
-        raise ValueError(f"unknown side {side!r}; expected one of {get_args(Side)}")
+    if side not in SIDES:
+        raise ValueError(f"unknown side {side!r}; expected one of {SIDES}")
     if side == "in":
         return mean_overlap(new.A_RD, [old.A_RD for old in olds])
     if side == "out":

@@ -45,9 +45,9 @@ def complement(basis_SD: Float[Tensor, "S D"]) -> Float[Tensor, "C D"]:
 def project_rows(rows_RD: Float[Tensor, "R D"], basis_SD: Float[Tensor, "S D"]) -> Float[Tensor, "R D"]:
     """The rows without their part in the span of an orthonormal basis: X - (X Q^T) Q, done twice.
 
-    The first pass leaves rounding errors of the size of what it took away; the second takes these away too ("twice is
-    enough", Kahan, in Parlett 1980, section 6.9), also for rows that lie almost in the span. What is left is the
-    rounding of the rows' own dtype.
+    The first pass leaves rounding errors of what it took away, the second takes these away too ("twice is enough",
+    Kahan, in Parlett, The Symmetric Eigenvalue Problem, 1980), also for rows that lie almost in the span. What is left
+    is the rounding of the rows' own dtype.
 
     Raises:
         ValueError: if the rows of the basis are not orthonormal.

@@ -27,6 +27,7 @@ class Factors(NamedTuple):
             of each row (1, R), fp32 scales, int32 first rows and ranks of the experts (1, E).
         slices: each expert's own rows once more, those of A transposed (D, R), and its scale as a Python number; empty
             where making them would cost more than it saves, as for rows that are trained.
+        shared_A_PD: where all experts are heads of one A, in the order of their ids, that A once; `A_RD` repeats it.
     """
 
     A_RD: Float[Tensor, "R D"]
@@ -38,6 +39,7 @@ class Factors(NamedTuple):
     bias_EO: Float[Tensor, "E O"] | None = None
     owners: tuple[Tensor, ...] = ()
     slices: tuple[tuple[Tensor, Tensor, float], ...] = ()
+    shared_A_PD: Float[Tensor, "P D"] | None = None
 
 
 @lru_cache(maxsize=64)

@@ -18,8 +18,13 @@ def dense(
 ) -> Float[Tensor, "T O"]:
     """Two matrix products over all experts, gated in between."""
     gate_TE = dense_weights(routing, factors.scale_E.shape[0]) * factors.scale_E
-    hidden_TR = F.linear(x_TD, factors.A_RD.to(x_TD.dtype))
-    gated_TR = (hidden_TR * gate_TE[:, factors.owner_R]).to(x_TD.dtype)
+    if factors.shared_A_PD is None:
+        hidden_TR = F.linear(x_TD, factors.A_RD.to(x_TD.dtype))
+        gated_TR = (hidden_TR * gate_TE[:, factors.owner_R]).to(x_TD.dtype)
+    else:
+        # what all experts read is computed once
+        hidden_TP = F.linear(x_TD, factors.shared_A_PD.to(x_TD.dtype))
+        gated_TR = (gate_TE[:, :, None] * hidden_TP[:, None]).flatten(1).to(x_TD.dtype)
     delta_TO = gated_TR @ factors.B_RO.to(x_TD.dtype)
     if factors.bias_EO is not None:
         delta_TO = delta_TO + gate_TE.to(x_TD.dtype) @ factors.bias_EO.to(x_TD.dtype)

@@ -9,14 +9,34 @@ from moelora.losses.balance import importance as importance
 from moelora.losses.balance import load_balance as load_balance
 from moelora.losses.balance import uniform_cross_entropy as uniform_cross_entropy
 from moelora.losses.entropy import mutual_information as mutual_information
+from moelora.losses.entropy import token_entropy as token_entropy
 from moelora.losses.gate import gate_cross_entropy as gate_cross_entropy
+from moelora.losses.localized import localized_balance as localized_balance
+from moelora.losses.preservation import preservation as preservation
+from moelora.losses.rloo import leave_one_out as leave_one_out
+from moelora.losses.rloo import rloo_surrogate as rloo_surrogate
+from moelora.losses.specialization import routing_specialization as routing_specialization
+from moelora.losses.support import over_budget as over_budget
+from moelora.losses.support import target_k as target_k
 from moelora.losses.z_loss import z_loss as z_loss
+from moelora.plackett_luce import ordered_log_prob as ordered_log_prob
+from moelora.plackett_luce import unordered_log_prob as unordered_log_prob
 
 __all__ = [
     "gate_cross_entropy",
     "importance",
+    "leave_one_out",
     "load_balance",
+    "localized_balance",
     "mutual_information",
+    "ordered_log_prob",
+    "over_budget",
+    "preservation",
+    "rloo_surrogate",
+    "routing_specialization",
+    "target_k",
+    "token_entropy",
     "uniform_cross_entropy",
+    "unordered_log_prob",
     "z_loss",
 ]

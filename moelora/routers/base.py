@@ -61,6 +61,9 @@ class AbstractRouter(nn.Module, ABC):
         Args:
             banks: of the sites that this router answers for.
             experts: their ids.
+
+        Raises:
+            ValueError: if the router cannot work with these experts. The model is then as it was before.
         """
 
     def linear_gate(self) -> LinearGate | None:
