@@ -49,7 +49,7 @@ def loss_of(record: Record, weights: AuxLosses) -> Float[Tensor, ""]:
     total = logits_TE.new_zeros(())
     for name, weight in weights.active().items():
         if name == "load_balance":
-            value = losses.load_balance(logits_TE, routing.experts_TK, valid_T)
+            value = losses.load_balance(logits_TE, _chosen(routing, logits_TE), valid_T)
         elif name == "importance":
             available_E = logits_TE.detach().amax(0) > -torch.inf if logits_TE.shape[0] else None
             value = losses.importance(dense_weights(routing, logits_TE.shape[1]), valid_T, available_E)
@@ -74,6 +74,16 @@ def distinct(records: Mapping[str, list[Record]]) -> Iterable[Record]:
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _chosen(routing: Routing, logits_TE: Tensor) -> Tensor:
+    """Whom a token counts for in the balance: those it chose; where all experts act on all tokens, its best one.
+
+    The share of a choice of all would be 1/E for everybody, and the loss a constant. Top-1 is the frequency of
+    LoRA-Mixer's eq. 3 and of Switch.
+    """
+    everybody = routing.experts_TK.shape[1] == logits_TE.shape[1] > 1
+    return logits_TE.detach().argmax(-1, keepdim=True) if everybody else routing.experts_TK
 
 
 def _parts(record: Record) -> dict[str, Tensor]:

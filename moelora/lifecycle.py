@@ -134,7 +134,7 @@ def set_trainable(model: nn.Module, *, routers: bool = True, experts: "bool | It
         experts: True for all, False for none, or their names.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or if only some heads of one A are named.
     """
     _, mixture = find_mixture(model)
     if isinstance(experts, bool):

@@ -164,6 +164,18 @@ def test_a_patched_model_gives_its_bases_features_bit_for_bit(tmp_path):
     assert not torch.equal(model(**batch, output_hidden_states=True).hidden_states[-1].mean(1), found[:, -1])
 
 
+def test_dropout_has_no_part_in_them():
+    """A model in training gives the features that it gives in evaluation, and stays in training."""
+    model, batch = tiny.model("bert"), {"input_ids": tokens(3, 7)}
+    expected = HiddenStates(model)(batch).features_WSD
+    model.train()
+
+    found = HiddenStates(model)(batch).features_WSD
+
+    assert torch.equal(found, expected)
+    assert all(module.training for module in model.modules())
+
+
 def test_what_is_not_normalised_has_the_same_direction():
     """`means` is for detectors that read the length."""
     features, batch = HiddenStates(MODELS["bert"]), {"input_ids": tokens(2, 5)}

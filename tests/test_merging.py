@@ -168,7 +168,7 @@ def test_a_base_that_is_no_plain_linear():
     refused(model, "carries hooks", task="summary")
     handle.remove()
     base.weight = nn.Parameter(base.weight.to("meta"), requires_grad=False)
-    with pytest.raises(ValueError, match="the weight of .* on meta; expected an ordinary tensor"):
+    with pytest.raises(ValueError, match=r"the weight of .* on meta; expected an ordinary tensor"):
         merge(model, task="summary")
 
 

@@ -93,7 +93,8 @@ class Decoder:
 
     def pool(self, seed: int, placement: str, rate: float) -> dict[str, Path]:
         """Folders of the adapters of one seed."""
-        root = self.options.cache / "adapters" / f"{placement}-{seed}-{rate}"
+        run = Run(suite="decoder", method="adapters", seed=seed, rate=rate, placement=placement)
+        root = self.options.cache / "adapters" / run.pool
         return {name: root / name for name in self.names}
 
     def train_adapters(self, run: Run) -> Metrics:

@@ -8,7 +8,6 @@ the runs that tune learning rates, then those that are reported. Workers are pro
 
 import argparse
 import csv
-import json
 import multiprocessing
 import os
 import subprocess
@@ -107,7 +106,7 @@ def phases(suite: str, questions: list[str], results: Results) -> Iterable[list[
     rates = METHODS["adapters"].rates
     yield [adapters(TUNING_SEED, rate, placement) for placement in placements for rate in rates]
     best = {placement: results.best_rates()[suite, "adapters", placement] for placement in placements}
-    yield [adapters(seed, best[placement], placement) for placement in placements for seed in SEEDS]
+    yield [adapters(seed, best[placement], placement) for placement in placements for seed in (*SEEDS, TUNING_SEED)]
     yield list(tuning_runs(suite, questions))
     yield list(final_runs(suite, questions, results.best_rates()))
 
@@ -134,6 +133,13 @@ def work(suite: str, options: Any, runs: Any, answers: Any, rates: dict[str, flo
                 torch.cuda.empty_cache()  # for the other workers
         except Exception:  # noqa: BLE001 - one run's failure is reported, and the others go on
             answers.put((run, traceback.format_exc(), time.perf_counter() - start))
+
+
+def adapters_are_there(run: Run, options: Any) -> bool:
+    """Whether the folders that this run wrote, if it wrote any, still lie in the cache."""
+    if run.method != "adapters" or (run.seed == TUNING_SEED and run.rate != options.best.get(run.placement)):
+        return True
+    return (options.cache / "adapters" / run.pool).is_dir()
 
 
 def about_here(device: str, revision: str) -> dict[str, str]:
@@ -218,11 +224,15 @@ def main() -> None:
     results = Results(options.output or RESULTS / f"{options.suite}.csv")
     deadline = time.time() + 60 * options.minutes
     about = about_here(options.device, revision)
+    options.best = {}
     for runs in phases(options.suite, options.questions, results):
+        options.best = {
+            at[2]: rate for at, rate in results.best_rates().items() if at[:2] == (options.suite, "adapters")
+        }
         done = results.done()
-        todo = [run for run in {run.key: run for run in runs}.values() if run.key not in done]
-        # the longest first
-        todo.sort(key=lambda run: (METHODS[run.method].kind != "joint", json.dumps(METHODS[run.method].options)))
+        wanted = {run.key: run for run in runs}.values()
+        # adapters are files, too, which may be gone
+        todo = [run for run in wanted if run.key not in done or not adapters_are_there(run, options)]
         if todo and not carry_out(todo, options, results, deadline, about):
             raise SystemExit(1)
     print(f"complete: {results.path}")

@@ -1,7 +1,7 @@
 """Which runs answer which question, as data. Begin with Run and METHODS.
 
-A method's learning rate is tuned like every other's: three rates, one seed of its own, the validation loss decides. Then
-it is run with three seeds. Runs of one question differ only in what the question is about.
+A method's learning rate is tuned like every other's: three rates, a seed of their own, the validation loss decides.
+Then it is run with three seeds. Runs of one question differ only in what the question is about.
 """
 
 import json
@@ -226,6 +226,11 @@ class Run:
     def key(self) -> str:
         """What two equal runs share, to be found again in a file of results."""
         return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def pool(self) -> str:
+        """The folder of the adapters that a run of "adapters" writes."""
+        return f"{self.suite}-{self.placement}-{self.seed}-{self.rate}"
 
     @property
     def setting(self) -> tuple[str, str, str]:

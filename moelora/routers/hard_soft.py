@@ -78,6 +78,8 @@ class HardSoftRouter(LinearRouter):
     """
 
     config: HardSoft
+    every_token: bool
+    top_k: int
 
     def __init__(
         self, config: HardSoft, in_features: int, available: Sequence[bool], *, generator: torch.Generator | None = None

@@ -24,6 +24,7 @@ class LinearRouter(AbstractRouter):
     every_token = True
     weight_ED: nn.Parameter
     most: int
+    top_k: int
 
     def __init__(
         self,

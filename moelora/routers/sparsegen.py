@@ -74,6 +74,7 @@ class SparsegenRouter(LinearRouter):
     out_weight_1H: nn.Parameter
     out_bias_1: nn.Parameter
     places_K: Tensor
+    most: int
 
     def __init__(
         self,

@@ -64,6 +64,8 @@ class TaskEmbeddingRouter(AbstractRouter):
     """
 
     every_token = False
+    top_k: int
+    config: TaskEmbedding
     embedding_MH: nn.Parameter
     weight_EH: nn.Parameter
 

@@ -119,6 +119,10 @@ def detector_contract(
 class Request:
     """A made-up request: unit-length features about one direction in each layer, and others about another one."""
 
+    generator: torch.Generator
+    mean_SD: Tensor
+    away_SD: Tensor
+
     def __init__(self, width: int, generator: torch.Generator) -> None:
         self.generator = generator
         axes = [torch.linalg.qr(torch.randn(width, 2, generator=generator)).Q for _ in range(LAYERS)]
