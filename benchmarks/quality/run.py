@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.study import METHODS, QUESTIONS, SEEDS, TUNING_SEED, Run, final_runs, tuning_runs
+from benchmarks.quality.study import METHODS, QUESTIONS, SAMPLES, SEEDS, TUNING_SEED, Run, final_runs, tuning_runs
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
 FIELDS = [
@@ -98,15 +98,17 @@ def run_of(row: dict[str, str]) -> Run:
 
 def phases(suite: str, questions: list[str], results: Results) -> Iterable[list[Run]]:
     """Lists of runs, each of which needs what those before it found."""
-    placements = sorted({QUESTIONS[question].get("placement", "attention") for question in questions})
+    if suite == "decoder":
+        placements = sorted({QUESTIONS[question].get("placement", "attention") for question in questions})
 
-    def adapters(seed: int, rate: float, placement: str) -> Run:
-        return Run(suite=suite, method="adapters", seed=seed, rate=rate, placement=placement)
+        def adapters(seed: int, rate: float, placement: str) -> Run:
+            samples = SAMPLES[suite]
+            return Run(suite=suite, method="adapters", seed=seed, rate=rate, samples=samples, placement=placement)
 
-    rates = METHODS["adapters"].rates
-    yield [adapters(TUNING_SEED, rate, placement) for placement in placements for rate in rates]
-    best = {placement: results.best_rates()[suite, "adapters", placement] for placement in placements}
-    yield [adapters(seed, best[placement], placement) for placement in placements for seed in (*SEEDS, TUNING_SEED)]
+        rates = METHODS["adapters"].rates
+        yield [adapters(TUNING_SEED, rate, placement) for placement in placements for rate in rates]
+        best = {placement: results.best_rates()[suite, "adapters", placement] for placement in placements}
+        yield [adapters(seed, best[placement], placement) for placement in placements for seed in (*SEEDS, TUNING_SEED)]
     yield list(tuning_runs(suite, questions))
     yield list(final_runs(suite, questions, results.best_rates()))
 
@@ -204,7 +206,7 @@ def main() -> None:
     parser.add_argument("suite", choices=("decoder", "encoder"))
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
     parser.add_argument("--model", default="", help="folder or id of the decoder; the encoder's comes in a package")
-    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with the data sets, for the decoder")
     parser.add_argument("--cache", type=Path, default=Path("quality_cache"), help="where adapters are kept")
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--device", default="cuda")

@@ -13,7 +13,7 @@ SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 """Not one of the seeds that are reported."""
 
-SAMPLES = 4000
+SAMPLES = {"decoder": 4000, "encoder": 1200}
 """Sequences that a router on frozen adapters learns from, where the question is another."""
 
 ADAPTER_RATES = (1e-3, 3e-3, 9e-3)
@@ -93,7 +93,6 @@ METHODS: dict[str, Method] = {
         kind="pool", router="hard_soft", router_options={"top_k": 3}, losses=BALANCE, rates=ROUTER_RATES
     ),
     "PEFT Arrow, top 2": Method(kind="peft", router="arrow", router_options={"top_k": 2}),
-    "PEFT X-LoRA": Method(kind="peft", router="xlora", rates=ADAPTER_RATES),
     "supervised gate, top 2": _learned("pool", 2, "renormalized", {"load_balance": 0.0, "gate_cross_entropy": 1.0}),
     # losses on the routing, LoRA-Mixer's router stage
     **{
@@ -148,7 +147,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
     "a": {
         "title": "Which loss teaches a router with few samples?",
         "methods": [name for name in METHODS if name.startswith("router stage")],
-        "samples": (1000, 2000, 4000, 10000),
+        "samples": {"decoder": (1000, 2000, 4000, 10000), "encoder": (150, 300, 600, 1200)},
     },
     "a-stages": {
         "title": "Does the hard stage matter?",
@@ -180,7 +179,6 @@ QUESTIONS: dict[str, dict[str, Any]] = {
             "LoRA-Mixer, top 3",
             "supervised gate, top 2",
             "PEFT Arrow, top 2",
-            "PEFT X-LoRA",
         ],
     },
     "d": {
@@ -219,7 +217,7 @@ class Run:
     method: str
     seed: int
     rate: float = 0.0
-    samples: int = SAMPLES
+    samples: int = 0
     placement: str = "attention"
 
     @property
@@ -244,7 +242,9 @@ def settings(suite: str, questions: list[str]) -> list[Run]:
     for question in questions:
         asked = QUESTIONS[question]
         for method in asked["methods"]:
-            for samples in asked.get("samples", (SAMPLES,)):
+            if suite == "encoder" and METHODS[method].kind != "pool":
+                continue
+            for samples in asked.get("samples", {}).get(suite, (SAMPLES[suite],)):
                 placement = asked.get("placement", "attention")
                 run = Run(suite=suite, method=method, seed=TUNING_SEED, samples=samples, placement=placement)
                 found.setdefault(run.key, run)
@@ -254,7 +254,7 @@ def settings(suite: str, questions: list[str]) -> list[Run]:
 def tuning_runs(suite: str, questions: list[str]) -> Iterator[Run]:
     """What has to be run before a rate can be chosen."""
     for setting in settings(suite, questions):
-        if setting.samples == SAMPLES:
+        if setting.samples == SAMPLES[suite]:
             for rate in METHODS[setting.method].rates:
                 yield replace(setting, rate=rate)
 
