@@ -197,6 +197,10 @@ def resolve_router(router: "str | RouterConfig", *, top_k: int) -> RouterConfig:
     if router == "learned":
         return Learned(top_k=top_k, combine="unit" if top_k == 1 else "renormalized")
     kind = ROUTERS[router]
+    if top_k != 2:
+        raise ValueError(
+            f"top_k={top_k} is an option of router='learned'; pass the router's configuration, {kind.__name__}(...)"
+        )
     needed = [
         option.name
         for option in dataclasses.fields(kind)

@@ -55,9 +55,9 @@ def losses_of(
     labels = batch.get("labels")
     if not isinstance(logits, Tensor) or not isinstance(labels, Tensor):
         raise ValueError(
-            f"the loss of an example is computed from the model's logits and the batch's labels; this "
-            f"{type(model).__name__} was called with {sorted(batch)}; pass loss_fn(output, batch), which gives one loss "
-            "for each row"
+            "the loss of an example is computed from the model's logits and the batch's labels; this "
+            f"{type(model).__name__} was called with {sorted(batch)}; pass loss_fn(output, batch), which gives one "
+            "loss for each row"
         )
     labels = labels.to(logits.device)
     if logits.ndim == 3 and labels.ndim == 2 and logits.shape[:2] == labels.shape:
@@ -69,8 +69,8 @@ def losses_of(
     elif logits.ndim == 2 and labels.ndim == 1 and logits.shape[1] > 1 and not labels.is_floating_point():
         return ExampleLosses(F.cross_entropy(logits.float(), labels, reduction="none"))
     raise ValueError(
-        f"what the labels of a {type(model).__name__} mean is not known, with logits of shape {tuple(logits.shape)} and "
-        f"labels of shape {tuple(labels.shape)}; pass loss_fn(output, batch), which gives one loss for each row"
+        f"what the labels of a {type(model).__name__} mean is not known, with logits of shape {tuple(logits.shape)} "
+        f"and labels of shape {tuple(labels.shape)}; pass loss_fn(output, batch), which gives one loss for each row"
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moelora.aux_losses import distinct, weigh
 from moelora.call_settings import GivenIds
 from moelora.config import AuxLosses, MoELoRAConfig
-from moelora.latch import put, turn_of
+from moelora.latch import prompt_mask, put, turn_of
 from moelora.layer import MoELoRALinear
 from moelora.routers.learned import LearnedRouter
 from moelora.routing import NO_EXPERT, dense_weights
@@ -165,8 +165,8 @@ class RootHooks(StackHooks):
         router, frame = self.config.router, self.tape.frame
         if torch.compiler.is_compiling():
             raise ValueError(
-                f"{router} keeps decisions on the key-value cache, which a compiled model cannot; do not compile it, "
-                "and in generate pass disable_compile=True with a static cache"
+                f"{router} keeps decisions on the key-value cache, which a compiled model cannot; do not compile it as "
+                "a full graph, and in generate pass disable_compile=True with a static cache"
             )
         values = dict(zip(self.names, args, strict=False)) | dict(kwargs)
         name = next((name for name in TOKENS if isinstance(values.get(name), Tensor)), None)
@@ -292,21 +292,6 @@ def predicts_next(model: nn.Module) -> bool:
     # some causal classes are older than the naming that transformers reads the loss from
     old = type(model).__name__.endswith("LMHeadModel")
     return old or getattr(model, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
-
-
-def prompt_mask(tokens: Tensor, mask_BL: Tensor | None, labels_BL: Tensor | None) -> Tensor:
-    """Which tokens are prompt: all that are real, up to a row's first label.
-
-    Behind it a prompt would know the answer, in training, that it is to be the prompt of. A row's first token is prompt
-    also where it has a label, since no token predicts it.
-    """
-    batch, length = tokens.shape[:2]
-    real_BL = tokens.new_ones(batch, length, dtype=torch.bool) if mask_BL is None else mask_BL[:, -length:].bool()
-    if labels_BL is None:
-        return real_BL
-    before_BL = (labels_BL != -100).cumsum(1) == 0
-    first_BL = real_BL.cumsum(1) == 1
-    return real_BL & (before_BL.to(real_BL.device) | first_BL)
 
 
 def read_frame(values: Mapping[str, Any], tape: Tape) -> Frame:

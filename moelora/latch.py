@@ -8,6 +8,8 @@ anew.
 
 from typing import Any, final
 
+import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 ATTRIBUTE = "_moelora_latch"
@@ -98,12 +100,33 @@ def is_empty(cache: Any) -> bool:
         ValueError: for something that does not tell, such as tuples of tensors.
     """
     if not hasattr(cache, "get_seq_length"):
-        raise ValueError(f"expected a transformers Cache, which tells how many tokens it holds; got {type(cache).__name__}")
+        raise ValueError(
+            f"expected a transformers Cache, which tells how many tokens it holds; got {type(cache).__name__}"
+        )
     try:
         return int(cache.get_seq_length()) == 0
     except ValueError:
         # transformers' answer where no layer has keys and values
         return not cache.has_previous_state()
+
+
+def prompt_mask(tokens: Tensor, mask_BL: Tensor | None, labels_BL: Tensor | None) -> Bool[Tensor, "B L"]:
+    """Which tokens are prompt: all that are real, up to a row's first label.
+
+    Behind it a prompt would know the answer, in training, that it is to be the prompt of. A row's first token is prompt
+    also where it has a label, since no token predicts it.
+    """
+    batch, length = tokens.shape[:2]
+    real_BL = (
+        torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
+        if mask_BL is None
+        else mask_BL[:, -length:].bool()
+    )
+    if labels_BL is None:
+        return real_BL
+    before_BL = (labels_BL != -100).cumsum(1) == 0
+    first_BL = real_BL.cumsum(1) == 1
+    return real_BL & (before_BL.to(real_BL.device) | first_BL)
 
 
 def _for_rows(values: Tensor, rows: int) -> Tensor:

@@ -234,7 +234,7 @@ def _run(
         inputs.pop("labels", None)
     with own_loss(model, labels_BL=labels if isinstance(labels, Tensor) else None):
         output = model(**inputs)
-    if not mixture.tape.records:
+    if not any(distinct(mixture.tape.records)):
         raise ValueError("no expert was drawn in this call: the mixture is disabled, or fixed by use_experts")
     return losses_of(root, output, batch, loss_fn)
 

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def built(config, ranks, scales=None, width=12):
     return router
 
 
-def patched(family="llama", *, granularity="token", weight="rslora", **options):
+def patched(family="llama", *, granularity: Any = "token", weight: Any = "rslora", **options):
     """A tiny model with four random experts and routers that decide clearly."""
     router = RLOO(granularity=granularity, weight=weight, init_std=0.5)
     config = MoELoRAConfig(router=router, losses=AuxLosses(load_balance=0.0), **options)
@@ -108,7 +109,8 @@ def test_the_input_is_detached():
     (routing.log_prob_T.sum() + routing.logits_TE.sum()).backward()
 
     assert x_TD.grad is None
-    assert router.weight_ED.grad.abs().sum() > 0
+    assert router.weight_ED.grad is not None
+    assert router.weight_ED.grad.any()
     assert not routing.weights_TK.requires_grad
 
 
@@ -167,15 +169,17 @@ def test_a_straight_through_gate_has_a_gradient_that_this_router_has_not():
     ],
 )
 def test_bad_options_are_refused(options, message):
-    """When the configuration is made."""
-    with pytest.raises(ValueError, match=message):
+    """When the configuration is made. Under the checks of these tests a wrong word is a TypeError before that."""
+    with pytest.raises((ValueError, TypeError), match=f"{message}|Type-check error"):
         RLOO(**options)
 
 
 @pytest.mark.parametrize("weight", ["rslora", "lora"])
 def test_experts_of_unequal_rank_need_their_own_scales(weight):
     """One omega stands for one rank; "mean" takes any."""
-    with pytest.raises(ValueError, match=r"the ranks are \[4, 8\]; take experts of one rank, or weight='mean' or 'sum'"):
+    with pytest.raises(
+        ValueError, match=r"the ranks are \[4, 8\]; take experts of one rank, or weight='mean' or 'sum'"
+    ):
         built(RLOO(weight=weight), [4, 8, 0, 4])
     assert built(RLOO(weight="mean"), [4, 8, 0, 4]).gain_E is None
 
@@ -298,7 +302,9 @@ def test_without_labels_all_that_is_real_is_prompt():
 
     mean_BD = torch.stack([seen[0][0, 3:].mean(0), seen[0][1].mean(0)])
     expected_BE = mean_BD @ layer.router.weight_ED.T
-    got_BE = recording[first].logits_TE.unflatten(0, (2, -1))[:, 0]
+    logits_TE = recording[first].logits_TE
+    assert logits_TE is not None
+    got_BE = logits_TE.unflatten(0, (2, -1))[:, 0]
     torch.testing.assert_close(got_BE, expected_BE, rtol=1e-4, atol=1e-5)
 
 
@@ -319,13 +325,12 @@ def test_decoding_step_by_step_equals_one_call_with_labels(family):
             logits.append(output.logits)
 
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-4)
-    for site, experts_BLK in choices(whole).items():
-        first_BK = experts_BLK[:, 0]
-        for call in steps.calls(site):
-            assert all(
-                (row_LK == one_K).all()
-                for row_LK, one_K in zip(call.experts_TK.unflatten(0, (2, -1)), first_BK, strict=True)
-            ) or family == "zamba2"
+    for site in whole:
+        # a block that a model uses several times chooses each time
+        firsts = [call.experts_TK.unflatten(0, (2, -1))[:, 0] for call in whole.calls(site)]
+        for place, call in enumerate(steps.calls(site)):
+            experts_BLK = call.experts_TK.unflatten(0, (2, -1))
+            assert torch.equal(experts_BLK, firsts[place % len(firsts)][:, None].expand_as(experts_BLK)), site
 
 
 @torch.no_grad()
@@ -417,14 +422,17 @@ def test_a_turn_repeats_rows_and_refuses_others():
     assert Turn(latch, first=True).recall(7, rows=3) is None
 
 
-def test_prompts_need_a_decoder_and_its_own_call():
+def test_prompts_need_a_decoder_and_its_own_call(monkeypatch):
     """Encoder-decoders, a part of a model, and a compiled one are refused with what to do."""
     t5 = patched("t5", granularity="prompt").eval()
     with pytest.raises(ValueError, match="which are for decoder models of tokens"):
         t5(**tiny.inputs(t5))
     model = patched(granularity="prompt").eval()
-    with pytest.raises(ValueError, match="call model\\(...\\), not a part of it"):
+    with pytest.raises(ValueError, match=r"call model\(\.\.\.\), not a part of it"):
         model.model(input_ids=prompt())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(ValueError, match="which a compiled model cannot"):
+        model(input_ids=prompt())
 
 
 def test_other_routers_pay_nothing():

@@ -1,8 +1,8 @@
 """Runs on a sentence encoder: accuracy on utterances of ten domains, answered by ten frozen heads. Begin with Encoder.
 
 The protocol of `examples/ten_skills.py`: adapters and heads of all-MiniLM-L6-v2 were each trained alone on one domain
-of CLINC150; the ten heads stand one after the other as 150 logits, and nobody names the domain. Only routers learn, in 75
-steps of 16 utterances, from `samples` utterances that are shown again and again.
+of CLINC150; the ten heads stand one after the other as 150 logits, and nobody names the domain. Only routers learn, in
+75 steps of 16 utterances, from `samples` utterances that are shown again and again.
 """
 
 import sys

@@ -127,7 +127,9 @@ def work(suite: str, options: Any, runs: Any, answers: Any, rates: dict[str, flo
         from benchmarks.quality.encoder import Options
 
     own = Suite(Options(options.model, options.data, options.cache, options.device, options.scale))
-    while (run := runs.get()) is not None:
+    parent = os.getppid()
+    # a worker whose parent was killed is nobody's
+    while (run := runs.get()) is not None and os.getppid() == parent:
         start = time.perf_counter()
         try:
             answers.put((run, own.carry_out(run, rates), time.perf_counter() - start))
@@ -235,6 +237,8 @@ def main() -> None:
         wanted = {run.key: run for run in runs}.values()
         # adapters are files, too, which may be gone
         todo = [run for run in wanted if run.key not in done or not adapters_are_there(run, options)]
+        # seed by seed, so that what is cut off is whole seeds
+        todo.sort(key=lambda run: run.seed)
         if todo and not carry_out(todo, options, results, deadline, about):
             raise SystemExit(1)
     print(f"complete: {results.path}")

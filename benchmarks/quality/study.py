@@ -147,7 +147,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
     "a": {
         "title": "Which loss teaches a router with few samples?",
         "methods": [name for name in METHODS if name.startswith("router stage")],
-        "samples": {"decoder": (1000, 2000, 4000, 10000), "encoder": (150, 300, 600, 1200)},
+        "samples": {"decoder": (1000, 2000, 4000, 10000), "encoder": (150, 400, 1200)},
     },
     "a-stages": {
         "title": "Does the hard stage matter?",

@@ -23,7 +23,7 @@ class RLOOTrainer(Trainer):
         args, options: Trainer's.
 
     Raises:
-        ValueError: with label smoothing or `compute_loss_func`, which would have no effect; `loss_fn` takes their place.
+        ValueError: with label smoothing or `compute_loss_func`, which would have no effect; pass `loss_fn` instead.
     """
 
     samples: int

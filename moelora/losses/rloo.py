@@ -23,9 +23,7 @@ def leave_one_out(loss_BMX: Float[Tensor, "B M *X"]) -> Float[Tensor, "B M *X"]:
     return (loss_BMX - loss_BMX.mean(1, keepdim=True)) / (M - 1)
 
 
-def rloo_surrogate(
-    advantage_BMX: Float[Tensor, "B M *X"], log_prob_BMX: Float[Tensor, "B M *X"]
-) -> Float[Tensor, ""]:
+def rloo_surrogate(advantage_BMX: Float[Tensor, "B M *X"], log_prob_BMX: Float[Tensor, "B M *X"]) -> Float[Tensor, ""]:
     """mean_b sum_m adv_bm * log Q_bm, whose gradient estimates that of the expected loss without bias.
 
     Its value means nothing. Where there are positions (X), each has its own advantage and log-probability.

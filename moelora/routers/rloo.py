@@ -185,7 +185,9 @@ class RLOORouter(LinearRouter):
         """g_e, with which the layer multiplies an expert's own scale s_e."""
         k = self.top_k
         if self.gain_E is None:
-            return torch.full(experts_TK.shape, 1 / k if self.config.weight == "mean" else 1.0, device=experts_TK.device)
+            return torch.full(
+                experts_TK.shape, 1 / k if self.config.weight == "mean" else 1.0, device=experts_TK.device
+            )
         return self.gain_E.float()[experts_TK] / (k if self.config.weight == "lora" else k**0.5)
 
     def _gain(self, rank: int, scale: float) -> float:
