@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moelora.config import AuxLosses as AuxLosses
     from moelora.config import MoELoRAConfig as MoELoRAConfig
     from moelora.config import register_router as register_router
+    from moelora.gating import set_gates as set_gates
     from moelora.integrations.adapter_report import inspect_adapter as inspect_adapter
     from moelora.integrations.adapters import AdapterError as AdapterError
     from moelora.integrations.rloo_trainer import RLOOTrainer as RLOOTrainer
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from moelora.router_start import warm_start as warm_start
     from moelora.routers.arrow import Arrow as Arrow
     from moelora.routers.classifier import Classifier as Classifier
+    from moelora.routers.gated import Gated as Gated
     from moelora.routers.given import Given as Given
     from moelora.routers.hard_soft import HardSoft as HardSoft
     from moelora.routers.learned import Learned as Learned
@@ -67,6 +69,7 @@ _HOMES = {
     "AuxLosses": "moelora.config",
     "Classifier": "moelora.routers.classifier",
     "CrossScenario": "moelora.scenarios",
+    "Gated": "moelora.routers.gated",
     "Given": "moelora.routers.given",
     "HardSoft": "moelora.routers.hard_soft",
     "HardSoftSchedule": "moelora.stages",
@@ -104,6 +107,7 @@ _HOMES = {
     "save": "moelora.saving",
     "select_experts": "moelora.selection",
     "set_classifier": "moelora.classifying",
+    "set_gates": "moelora.gating",
     "set_stage": "moelora.stages",
     "set_trainable": "moelora.lifecycle",
     "train_phatgoose": "moelora.phatgoose",

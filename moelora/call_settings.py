@@ -72,12 +72,14 @@ class Settings:
 
     `own_loss` says that whoever calls the model in training computes a loss on its routings, which are kept and not
     weighed into `output.loss`; the labels of that loss are `labels_BL`, where the model does not get them.
+    `gates_BE` are the weights that the gates of a call gave its rows (`moelora.set_gates`), closed where exactly 0.
     `stage` and `ramp` are for routers that are trained in stages (`moelora.set_stage`): which one, and how far it is.
     """
 
     disabled: bool = False
     fixed: FixedMixture | None = None
     given: GivenIds | None = None
+    gates_BE: Float[Tensor, "B E"] | None = None
     own_loss: bool = False
     labels_BL: Tensor | None = None
     stage: str | None = None

@@ -9,6 +9,7 @@ from moelora.losses.specialization import EntropySign, entropy_weight
 from moelora.routers.arrow import Arrow
 from moelora.routers.base import RouterConfig
 from moelora.routers.classifier import Classifier
+from moelora.routers.gated import Gated
 from moelora.routers.given import Given
 from moelora.routers.hard_soft import HardSoft
 from moelora.routers.learned import Learned
@@ -30,6 +31,7 @@ ROUTERS: dict[str, type] = {
     "sparsegen": Sparsegen,
     "rloo": RLOO,
     "hard_soft": HardSoft,
+    "gated": Gated,
 }
 """Routers by the name that `patch_model(router=...)` and the JSON use."""
 
@@ -142,8 +144,8 @@ class MoELoRAConfig:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"alpha must be positive, got {self.alpha}")
-        if self.share_router and isinstance(self.router, Given | Classifier):
-            raise ValueError("share_router has no meaning for a router of given ids; leave it off")
+        if self.share_router and isinstance(self.router, Given | Classifier | Gated):
+            raise ValueError("share_router has no meaning for a router of given ids or gates; leave it off")
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""

@@ -55,16 +55,23 @@ class StackHooks:
         values = dict(zip(self.names, args, strict=False)) | kwargs
         if given is None and self.tape.depth == 0 and self.tape.classifier is not None:
             given = self.tape.classifier.begin(values)
+        gates_BE = None if self.tape.gates is None else self.tape.gates.begin(values)
         wanted = given or self.tape.settings.given
         # only ids of tokens depend on it, and a cache of states alone, Mamba's, does not count
         start = cached_length(values) if self.tape.depth == 0 and wanted and wanted.ids.ndim > 1 else 0
-        self.tape.begin(read_frame(values, self.tape), start=start, given=given)
+        self.tape.begin(read_frame(values, self.tape), start=start, given=given, gates_BE=gates_BE)
 
     def end(self, stack: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """A stack ends, or failed."""
+        gates = self.tape.gates
+        if gates is not None and not gates.is_ours():
+            # refused, since another thread's call is running: that one goes on
+            return
         self.tape.end()
         if self.tape.depth == 0 and self.tape.classifier is not None:
             self.tape.classifier.end(output)
+        if self.tape.depth == 0 and gates is not None:
+            gates.end(output)
 
 
 class RootHooks(StackHooks):
@@ -100,6 +107,8 @@ class RootHooks(StackHooks):
         ]
 
     def begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.tape.gates is not None:
+            self.tape.gates.free()
         outermost, given = self.tape.depth == 0, None
         if outermost:
             self.balance()

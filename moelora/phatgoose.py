@@ -81,6 +81,8 @@ class GateRouter(AbstractRouter):
     """One expert acts on every token, with the weight sigmoid(v . x). It lives as long as its gate is trained."""
 
     gate_1D: nn.Parameter
+    expert: int
+    present: bool
 
     def __init__(self, expert: int, in_features: int, available: Sequence[bool], device: torch.device) -> None:
         super().__init__()

@@ -75,6 +75,7 @@ class Tape:
     generator: torch.Generator | None = None  # of noisy routers; None is torch's own, which checkpointing restores
     recordings: "list[dict[str, list[Record]]]" = field(default_factory=list)
     classifier: Any = None  # names the experts of a call when it begins, see `moelora/classifying.py`
+    gates: Any = None  # opens and closes the experts of a call before it begins, see `moelora/gating.py`
 
     leading: tuple[int, ...] = ()  # shape, without its last axis, of the input that a site is at work on
 
@@ -102,16 +103,21 @@ class Tape:
 
     # --- the call -------------------------------------------------------------------------------------------------
 
-    def begin(self, frame: Frame, *, start: int = 0, given: GivenIds | None = None) -> None:
+    def begin(
+        self, frame: Frame, *, start: int = 0, given: GivenIds | None = None, gates_BE: Tensor | None = None
+    ) -> None:
         """A stack begins. The outermost one opens a new call, unless it is run again during backward.
 
         Args:
             frame: what the stack was called with.
             start: tokens that the cache holds already.
             given: ids that came with the call itself, in place of those in `settings`.
+            gates_BE: weights of the call's rows, where gates have been asked.
         """
         if not self._frames and not in_backward():
             self._call = self.settings if given is None else replace(self.settings, given=given)
+            if gates_BE is not None:
+                self._call = replace(self._call, gates_BE=gates_BE)
             self._start = start
             self._prompt_BL = self._turn = None
             if not torch.compiler.is_compiling():

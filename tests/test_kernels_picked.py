@@ -141,7 +141,7 @@ def test_tokens_without_experts_keep_their_base(in_place, dtype):
 
 
 def test_in_place_again_and_in_strided_rows():
-    """Where the output goes and how often it is computed changes no bit; how far apart the rows are no more than one."""
+    """Where the output goes and how often it is computed changes no bit; how far apart rows are no more than one."""
     one = problem(3, 3)
     fresh_TO = run(one, SMALL)
 

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moelora
 import moelora.mixture
 from benchmarks.quality import peers, texts
-from benchmarks.quality.study import METHODS, Method, Run
+from benchmarks.quality.study import METHODS, Method, Options, Run
 from benchmarks.quality.training import Batch, train
 from moelora import AuxLosses, MoELoRAConfig
 from moelora.config import ROUTERS
@@ -43,16 +43,6 @@ BUCKETS = 16
 """Into how many parts the positions of a composite text are cut, for its curve."""
 
 Metrics = dict[str, float]
-
-
-class Options(NamedTuple):
-    """Where things are, and how much of the work to do (`scale` below 1 only tries the logic)."""
-
-    model: str
-    data: Path
-    cache: Path
-    device: str
-    scale: float = 1.0
 
 
 class Decoder:
@@ -142,8 +132,8 @@ class Decoder:
     def config(self, run: Run, method: Method) -> MoELoRAConfig:
         """The mixture's options; what is fixed takes ids."""
         router = ROUTERS[method.router](**method.router_options) if method.router else moelora.Given()
-        losses = AuxLosses(**{"load_balance": 0.0} | method.losses) if method.router else AuxLosses(load_balance=0.0)
-        return MoELoRAConfig(router=router, losses=losses, backend="dense", seed=run.seed)
+        weights: dict[str, Any] = {"load_balance": 0.0} | (method.losses if method.router else {})
+        return MoELoRAConfig(router=router, losses=AuxLosses(**weights), backend="dense", seed=run.seed)
 
     # --- training -------------------------------------------------------------------------------------------------
 

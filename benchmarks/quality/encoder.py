@@ -8,7 +8,7 @@ of CLINC150; the ten heads stand one after the other as 150 logits, and nobody n
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -16,29 +16,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import moelora
-from benchmarks.quality.study import METHODS, TUNING_SEED, Method, Run
+from benchmarks.quality.study import METHODS, TUNING_SEED, Method, Options, Run
 from benchmarks.quality.training import train
 from moelora import AuxLosses, MoELoRAConfig
 from moelora.config import ROUTERS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-import clinc
+import clinc  # pyright: ignore[reportMissingImports]
 
 STEPS = 75
 BATCH = 16
 TEST = 900
 VALIDATION = 600
 """Utterances of CLINC150's validation split that choose learning rates; routers learn from the other 2,400."""
-
-
-class Options(NamedTuple):
-    """As the decoder's; model and cache are not needed, since adapters come with the repository."""
-
-    model: str
-    data: Path
-    cache: Path
-    device: str
-    scale: float = 1.0
 
 
 class Encoder:
@@ -59,7 +49,8 @@ class Encoder:
         """Train what the run's method trains and measure its accuracy."""
         method = METHODS[run.method]
         router = ROUTERS[method.router](**method.router_options) if method.router else moelora.Given()
-        losses = AuxLosses(**{"load_balance": 0.0} | (method.losses if method.router else {}))
+        weights: dict[str, Any] = {"load_balance": 0.0} | (method.losses if method.router else {})
+        losses = AuxLosses(**weights)
         moelora.patch_model(
             self.model,
             {domain: clinc.SKILLS / domain for domain in clinc.DOMAINS},

@@ -18,7 +18,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.study import METHODS, QUESTIONS, SAMPLES, SEEDS, TUNING_SEED, Run, final_runs, tuning_runs
+from benchmarks.quality.study import (
+    METHODS,
+    QUESTIONS,
+    SAMPLES,
+    SEEDS,
+    TUNING_SEED,
+    Options,
+    Run,
+    final_runs,
+    tuning_runs,
+)
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality"
 FIELDS = [
@@ -119,14 +129,18 @@ def work(suite: str, options: Any, runs: Any, answers: Any, rates: dict[str, flo
 
     torch.set_num_threads(1 if options.device == "cuda" else options.threads)
     torch.set_float32_matmul_precision("high")
+    where = Options(
+        model=options.model, data=options.data, cache=options.cache, device=options.device, scale=options.scale
+    )
+    own: Any
     if suite == "decoder":
-        from benchmarks.quality.decoder import Decoder as Suite
-        from benchmarks.quality.decoder import Options
-    else:
-        from benchmarks.quality.encoder import Encoder as Suite
-        from benchmarks.quality.encoder import Options
+        from benchmarks.quality.decoder import Decoder
 
-    own = Suite(Options(options.model, options.data, options.cache, options.device, options.scale))
+        own = Decoder(where)
+    else:
+        from benchmarks.quality.encoder import Encoder
+
+        own = Encoder(where)
     parent = os.getppid()
     # a worker whose parent was killed is nobody's
     while (run := runs.get()) is not None and os.getppid() == parent:

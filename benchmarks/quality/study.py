@@ -7,6 +7,7 @@ Then it is run with three seeds. Runs of one question differ only in what the qu
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 SEEDS = (0, 1, 2)
@@ -19,6 +20,17 @@ SAMPLES = {"decoder": 4000, "encoder": 1200}
 ADAPTER_RATES = (1e-3, 3e-3, 9e-3)
 ROUTER_RATES = (2e-3, 1e-2, 5e-2)
 """Learning rates that are tried: of low-rank factors, and of a router alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where a worker finds things, and how much of the work to do (`scale` below 1 only tries the logic)."""
+
+    model: str
+    data: Path
+    cache: Path
+    device: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,8 +65,8 @@ class CLoRA(nn.Module):
                 )
         self.A_RD = nn.Parameter(A_RD.detach().clone())
         self.B_RO = nn.Parameter(B_RO.detach().clone())
-        self.new_RR = nn.Parameter(A_RD.new_zeros(rank, rank, requires_grad=False))
-        self.register_buffer("old_RR", A_RD.new_zeros(rank, rank, requires_grad=False))
+        self.new_RR = nn.Parameter(A_RD.new_zeros(rank, rank))
+        self.register_buffer("old_RR", A_RD.new_zeros(rank, rank))
         self.scale = scale
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch O"]:

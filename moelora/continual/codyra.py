@@ -7,7 +7,7 @@
         codyra.shrink_(threshold(step, num_steps))
     expert = codyra.prune()                                     # of the rank that is left
 
-CoDyRA (2024, https://arxiv.org/abs/2412.01004) and the code of its authors, Artificer-AI-Lab/CoDyRA. There the result is
+CoDyRA (2024, https://arxiv.org/abs/2412.01004) and its authors' code, Artificer-AI-Lab/CoDyRA. There the result is
 merged into the weights after each task; here it stays an expert, which can be taken away again, and whose rank differs
 from its neighbours'. Axes: R rank rows, P rows left, D input width, O output width.
 """

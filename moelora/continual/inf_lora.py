@@ -4,7 +4,7 @@
     for task in tasks:
         expert = InfLoRA.designed(task.inputs, memory, rank=8, out_features=out_features)
         train(expert)                                           # B only; A is frozen
-        memory.update(task.inputs, energy=0.98)
+        memory.update(task.inputs, energy=0.99)
 
 InfLoRA (Liang and Li 2024, https://arxiv.org/abs/2404.00228), whose letters A and B are exchanged: its frozen down
 matrix B_t is our `A_RD`. Axes: N inputs, S rows of a basis, R rank rows, D input width, O output width.
@@ -64,7 +64,7 @@ class InfLoRA(nn.Module):
     """Delta = scale * B^T A with A frozen at designed rows and only B trained, from zero.
 
     A x is zero, to rounding, for every x in the old tasks' subspace, so no training of B changes the output there. For
-    orthonormal rows, training B is training W inside their span (Proposition 1 of the source).
+    orthonormal rows, training B is training W inside their span, a proposition of the source.
 
     Attributes:
         A_RD: orthonormal rows, a buffer.
@@ -80,7 +80,7 @@ class InfLoRA(nn.Module):
         super().__init__()
         check_orthonormal(A_RD)
         self.register_buffer("A_RD", A_RD.detach().clone())
-        self.B_RO = nn.Parameter(A_RD.new_zeros(len(A_RD), out_features, requires_grad=False))
+        self.B_RO = nn.Parameter(A_RD.new_zeros(len(A_RD), out_features))
         self.scale = scale
 
     @classmethod
@@ -117,7 +117,7 @@ def extended_basis(
 ) -> Float[Tensor, "_ D"]:
     """An orthonormal basis with the fewest directions added after which it holds this share of the inputs' energy.
 
-    GPM's rule (Saha et al. 2021, eq. 8, https://arxiv.org/abs/2103.09762): the smallest u with
+    GPM's rule (Saha et al. 2021, https://arxiv.org/abs/2103.09762): the smallest u with
     ||(H_hat)_u||_F^2 + ||M M^T H||_F^2 >= energy ||H||_F^2, where M is the basis, H the inputs, H_hat what M leaves of
     them and (.)_u its best approximation of rank u. The span of the old basis stays inside. In fp64.
 

@@ -26,6 +26,7 @@ class PrototypeRouter(AbstractRouter):
     every_token = False
     prototype_ED: Tensor
     most: int
+    top_k: int
 
     def __init__(self, in_features: int, available: Sequence[bool], *, most: int) -> None:
         super().__init__()

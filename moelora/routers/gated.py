@@ -1,0 +1,92 @@
+"""Routing by a gate for each expert: open, ajar or closed for a whole row. Begin with GatedRouter.
+
+The gates themselves are any function, handed over with `moelora.set_gates` (see `moelora/gating.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moelora.call_settings import spread_rows
+from moelora.routers.base import AbstractRouter
+from moelora.routing import NO_EXPERT, Routing
+from moelora.tape import Tape
+
+COMBINE = ("sum", "max_single")
+"""How experts with open gates act together; `Gated` says what each means."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gated:
+    """Options of the gated router. The gates come from the function in `moelora.set_gates`.
+
+    Attributes:
+        combine: "sum", every expert whose gate is open acts, with the gate's weight; "max_single", only the one whose
+            gate is open widest, and of several the one with the lowest id.
+    """
+
+    combine: str = "sum"
+
+    def __post_init__(self) -> None:
+        if self.combine not in COMBINE:
+            raise ValueError(f"unknown combine {self.combine!r}; expected one of {COMBINE}")
+
+    def build(self, in_features: int, available: Sequence[bool], generator: torch.Generator | None) -> "GatedRouter":
+        """A router for a site; `available` says which experts have rows there."""
+        return GatedRouter(self, available)
+
+
+@final
+class GatedRouter(AbstractRouter):
+    """y = W x + sum_e g_e Delta_e x, with a gate g_e >= 0 for each expert and row of the batch.
+
+    A gate at exactly 0 is closed: its expert has no slot, so nothing of it is multiplied by 0. A row whose gates are
+    all closed is the base model's, bit for bit. An expert without rows at a site leaves the base as it is there, also
+    where its gate is open widest.
+    """
+
+    every_token = False
+    config: Gated
+    top_k: int
+
+    def __init__(self, config: Gated, available: Sequence[bool]) -> None:
+        super().__init__()
+        self.config = config
+        self._set_experts(available)
+
+    def forward(self, x_TD: Float[Tensor, "T D"], tape: Tape) -> Routing:
+        weights_BE = tape.current.gates_BE
+        if weights_BE is None:
+            raise ValueError(
+                "this mixture is routed by gates, and there are none for this call; functions are not saved or copied "
+                "with a model: hand them over with moelora.set_gates(model, gates), and call model(...), not a part of "
+                "it, since gates are asked when a call of the model begins"
+            )
+        weights_BK = weights_BE.to(x_TD.device)
+        experts_BK = torch.arange(self.num_experts, device=x_TD.device).expand_as(weights_BK)
+        if self.config.combine == "max_single":
+            # among all experts, so that every site has the same one
+            experts_BK = weights_BK.argmax(dim=-1, keepdim=True)
+            weights_BK = weights_BK.gather(1, experts_BK)
+
+        empty_BK = weights_BK == 0
+        if not self.all_available:
+            empty_BK = empty_BK | ~self.available_E[experts_BK]
+        return Routing(
+            spread_rows(experts_BK.masked_fill(empty_BK, NO_EXPERT), tape.leading),
+            spread_rows(weights_BK.masked_fill(empty_BK, 0.0), tape.leading),
+        )
+
+    def keep_experts(self, order: Sequence[int]) -> None:
+        self._set_experts([bool(self.available_E[index]) for index in order], self.available_E.device)
+
+    def add_experts(self, available: Sequence[bool]) -> None:
+        self._set_experts([*self.available_E.tolist(), *available], self.available_E.device)
+
+    def _set_experts(self, available: Sequence[bool], device: torch.device | None = None) -> None:
+        self._set_available(available, device)
+        self.top_k = self.num_experts if self.config.combine == "sum" else 1
