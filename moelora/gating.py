@@ -113,7 +113,9 @@ class _Asked:
             ValueError: if another thread's call is running, or the gates are being asked.
         """
         mixture = self.mixture()
-        if mixture is None or in_backward() or self.asking and self.thread == threading.get_ident():
+        if mixture is None or torch.compiler.is_compiling() or in_backward():
+            return
+        if self.asking and self.thread == threading.get_ident():
             return
         self.claim()
         while mixture.tape.depth:

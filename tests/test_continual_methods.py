@@ -158,7 +158,7 @@ def test_c_lora_basis_and_penalty_by_hand():
 
 
 def test_c_lora_penalty_drives_new_away_from_what_old_writes_to():
-    """Its gradient is 2 U U^T R_new, so a step of 1/2 takes exactly the overlap away, and left columns are untouched."""
+    """Its gradient is 2 U U^T R_new, so a step of 1/2 takes the overlap away and nothing else."""
     old_RR = gaussian(4, 1, dtype=torch.float64) @ gaussian(1, 4, seed=1, dtype=torch.float64)
     new_RR = gaussian(4, 4, seed=2, dtype=torch.float64).requires_grad_()
     (grad_RR,) = torch.autograd.grad(overlap_penalty(new_RR, routing_basis(old_RR)), new_RR)
@@ -331,7 +331,7 @@ def test_a_new_gate_is_closed_on_old_tasks_before_and_after_training(hidden):
     new = gaussian(5, 24, seed=3)
     old = torch.cat(olds)
     seen = gate.inputs(old)
-    assert gate(new).min() > 1e-3
+    assert gate(new).min() > 1e-4
     assert gate(old).max() < 1e-6
 
     constraint = GateConstraint(gate, memory)
@@ -479,7 +479,7 @@ def test_memory_stores_the_smaller_side():
 
 @pytest.mark.parametrize("old_rank", [4, 12])
 def test_inf_lora_never_changes_old_outputs(old_rank):
-    """Before training and after it, on all inputs of the old subspace, whichever side is stored; on new ones it does."""
+    """Before training and after it, on all of the old subspace, whichever side is stored; on new inputs it does."""
     old_SD, new_ND = gaussian(old_rank, 16), gaussian(20, 16, seed=1)
     memory = InputMemory(16)
     memory.update(old_SD, energy=1.0)

@@ -323,12 +323,18 @@ class Decoder:
     # --- PEFT's own -----------------------------------------------------------------------------------------------
 
     def mix_by_peft(self, run: Run, method: Method, rates: Mapping[str, float]) -> Metrics:
-        """PEFT's Arrow on the same adapters, in a model of its own."""
+        """PEFT's Arrow and X-LoRA on the same adapters, in a model of their own."""
         base: Any = AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.float32)
         folders = self.pool(run.seed, run.placement, rates[run.placement])
         own = self.model
-        self.model = peers.arrow(base.to(self.options.device), folders, method)
+        self.model = peers.mixture(base.to(self.options.device), folders, method)
         try:
+            if run.rate:
+                windows = (ids_BL.to(self.options.device) for ids_BL, _ in self.windows(run.seed, size=ROUTER_BATCH))
+                batches = ({"input_ids": ids_BL, "labels": ids_BL} for ids_BL in windows)
+                steps = self.steps(math.ceil(run.samples / ROUTER_BATCH))
+                # X-LoRA's hooks keep state from call to call, which a captured graph would not
+                train(self.model, steps, run.rate, batches, self.plain_loss, capture=False)
             return self.evaluate_peft(run)
         finally:
             self.model = own

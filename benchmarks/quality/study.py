@@ -105,6 +105,7 @@ METHODS: dict[str, Method] = {
         kind="pool", router="hard_soft", router_options={"top_k": 3}, losses=BALANCE, rates=ROUTER_RATES
     ),
     "PEFT Arrow, top 2": Method(kind="peft", router="arrow", router_options={"top_k": 2}),
+    "PEFT X-LoRA": Method(kind="peft", router="xlora", rates=ADAPTER_RATES),
     "supervised gate, top 2": _learned("pool", 2, "renormalized", {"load_balance": 0.0, "gate_cross_entropy": 1.0}),
     # losses on the routing, LoRA-Mixer's router stage
     **{
@@ -191,6 +192,7 @@ QUESTIONS: dict[str, dict[str, Any]] = {
             "LoRA-Mixer, top 3",
             "supervised gate, top 2",
             "PEFT Arrow, top 2",
+            "PEFT X-LoRA",
         ],
     },
     "d": {

@@ -18,6 +18,7 @@ def train(
     loss_of: Callable[[Batch], Tensor],
     *,
     before: Callable[[int], bool] = lambda number: False,
+    capture: bool = True,
 ) -> None:
     """AdamW without weight decay, a short warm-up, then linearly to zero; clipping at 1, of routers apart.
 
@@ -30,6 +31,7 @@ def train(
         rate: the peak learning rate.
         batches: tensors on the model's device, all of one shape.
         loss_of: the loss of a batch.
+        capture: False calls the model anew for each step, also on a GPU.
         before: called with the number of each step, ahead of it; True says that what is computed has changed.
     """
     model.train()
@@ -45,7 +47,7 @@ def train(
     captured: Captured | None = None
     for number in range(steps):
         changed, batch = before(number), next(batches)
-        if not on_gpu:
+        if not (on_gpu and capture):
             optimizer.zero_grad(set_to_none=True)
             loss_of(batch).backward()
         else:

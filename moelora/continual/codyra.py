@@ -118,7 +118,8 @@ def shrink_and_cut(weight_R: Float[Tensor, " R"], kappa: float) -> Float[Tensor,
 def threshold(step: int, num_steps: int, *, final: float = 7e-4, stages: int = 50) -> float:
     """kappa after optimiser step `step` of 0 ... num_steps - 1: zero in the first half, a staircase in the second.
 
-    The stairs have equal length and rise linearly from 0 to `final`, both included. The numbers are those of the code.
+    The stairs have equal length and rise linearly from 0 to `final`, both included; with fewer steps than stairs in the
+    second half some stairs are skipped, the last among them. The numbers are those of the code.
 
     Raises:
         ValueError: for a step out of range, fewer than two stages, or a negative final threshold.
