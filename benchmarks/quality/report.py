@@ -25,16 +25,18 @@ MEASURES = {"decoder": "test loss, nats a token (lower is better)", "encoder": "
 
 
 class Figure(NamedTuple):
-    """A mean over seeds and half the width of its interval (0 for one seed)."""
+    """A mean over seeds and half the width of its interval (0 for one seed), and how many digits are shown."""
 
     mean: float
     half: float
     seeds: int
+    digits: int = 3
 
     def __str__(self) -> str:
         if self.seeds == 0:
             return ""
-        return f"{self.mean:.3f}" + (f" ± {self.half:.3f}" if self.seeds > 1 else " (one seed)")
+        spread = f" ± {self.half:.{self.digits}f}" if self.seeds > 1 else " (one seed)"
+        return f"{self.mean:.{self.digits}f}{spread}"
 
 
 class Table:
@@ -56,14 +58,14 @@ class Table:
     def figure(self, method: str, metric: str, *, samples: int = 0, placement: str = "attention") -> Figure:
         """A metric of a method, over its seeds."""
         found = list(self.values.get((method, samples or SAMPLES[self.suite], placement, metric), {}).values())
-        scale = 100 if self.suite == "encoder" and metric == "test" else 1
+        scale, digits = (100, 1) if self.suite == "encoder" and metric == "test" else (1, 3)
         values_S = scale * torch.tensor(found, dtype=torch.float64)
         if not found:
             return Figure(float("nan"), 0.0, 0)
         if len(found) == 1 or bool((values_S == values_S[0]).all()):
-            return Figure(values_S.mean().item(), 0.0, len(found))
+            return Figure(values_S.mean().item(), 0.0, len(found), digits)
         low, high = seeds_interval(values_S)
-        return Figure(values_S.mean().item(), (high - low) / 2, len(found))
+        return Figure(values_S.mean().item(), (high - low) / 2, len(found), digits)
 
     def metrics(self, method: str, start: str, placement: str = "attention") -> list[tuple[int, Figure]]:
         """The numbers "start@position" of a method, by position."""
