@@ -63,15 +63,16 @@ def set_gates(model: nn.Module, gates: Any) -> None:
             another thread's call of the model has not ended.
     """
     root, mixture = find_mixture(model)
+    asked: Gates | None = gates
     if not isinstance(mixture.config.router, Gated):
         raise ValueError(
             f'this model\'s router would not look at gates: it is {mixture.config.router}; patch with router="gated"'
         )
-    if gates is not None and not callable(gates):
+    if not (gates is None or callable(gates)):
         raise ValueError(f"expected a function of the call's arguments that returns weights (B, E), got {gates!r}")
     if mixture.tape.gates is not None:
         mixture.tape.gates.free()
-    mixture.tape.gates = None if gates is None else _Asked(gates, root, mixture)
+    mixture.tape.gates = None if asked is None else _Asked(asked, root, mixture)
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------

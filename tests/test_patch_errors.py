@@ -51,8 +51,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no experts": ({"num_experts": 0, "rank": 2}, "at least 1, got 0 and 2"),
     "unknown router": (
         FRESH | {"router": "learnt"},
-        r"unknown router 'learnt'; expected one of \['given', 'learned'\]",
+        r"unknown router 'learnt'; expected one of \['arrow', .*'given', .*'learned', ",
     ),
+    "top_k of another router": (FRESH | {"router": "arrow", "top_k": 3}, r"pass the router's configuration, Arrow\("),
     "router of another type": (FRESH | {"router": AuxLosses()}, "router must be a router's configuration"),
     "top_k too large": (FRESH | {"top_k": 3}, "top_k=3 experts per token, but there are 2; lower top_k"),
     "top_k 0": (FRESH | {"top_k": 0}, "top_k must be at least 1"),

@@ -44,9 +44,9 @@ class Gated:
 class GatedRouter(AbstractRouter):
     """y = W x + sum_e g_e Delta_e x, with a gate g_e >= 0 for each expert and row of the batch.
 
-    A gate at exactly 0 is closed: its expert has no slot, so nothing of it is multiplied by 0. A row whose gates are
-    all closed is the base model's, bit for bit. An expert without rows at a site leaves the base as it is there, also
-    where its gate is open widest.
+    A gate at exactly 0 is closed: its expert has no slot. A row whose gates are all closed is the base model's, bit for
+    bit, whatever the experts hold. In an open row the kernels may still multiply closed experts by 0, so these must be
+    finite there. An expert without rows at a site leaves the base as it is there, also where its gate is open widest.
     """
 
     every_token = False
