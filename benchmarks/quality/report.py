@@ -76,7 +76,7 @@ class Table:
         return [(position, self.figure(method, f"{start}{position}", placement=placement)) for position in positions]
 
 
-def lines_of(decoder: Table, encoder: Table | None) -> Iterable[str]:
+def lines_of(decoder: Table, encoder: Table) -> Iterable[str]:
     """The page."""
     yield "# Quality\n"
     yield (
@@ -87,17 +87,17 @@ def lines_of(decoder: Table, encoder: Table | None) -> Iterable[str]:
     )
     yield "| suite | device | torch | revision | date |\n|---|---|---|---|---|"
     for table in (decoder, encoder):
-        for about in sorted(table.about) if table else ():
-            yield f"| {table.suite if table else ''} | {' | '.join(about)} |"
+        for about in sorted(table.about):
+            yield f"| {table.suite} | {' | '.join(about)} |"
     for name, question in QUESTIONS.items():
-        table = encoder if name == "a" else decoder
-        if table is None:
-            continue
         yield f"\n## ({name}) {question['title']}\n"
         if name == "a":
-            yield from samples_table(table, question["methods"])
-        else:
-            yield from methods_table(table, question["methods"], question.get("placement", "attention"))
+            yield from samples_table(encoder, question["methods"])
+            continue
+        yield from methods_table(decoder, question["methods"], question.get("placement", "attention"))
+        if name == "c":
+            yield ""
+            yield from accuracy_table(encoder, question["methods"])
     yield "\n## Plots\n"
     for title, name in (
         ("Loss by method", "methods"),
@@ -121,6 +121,15 @@ def methods_table(table: Table, methods: list[str], placement: str) -> Iterable[
         sizes = [table.figure(method, f"{kind} parameters", placement=placement) for kind in ("active", "total")]
         shown = [f"{size.mean / 1e6:.2f} M" if size.seeds else "" for size in sizes]
         yield f"| {method} | {test} | {composite} | {agreement} | {' | '.join(shown)} |"
+
+
+def accuracy_table(table: Table, methods: list[str]) -> Iterable[str]:
+    """One line a method, on the encoder."""
+    yield f"{MEASURES[table.suite]}.\n"
+    yield "| method | test |\n|---|---|"
+    for method in methods:
+        if (figure := table.figure(method, "test")).seeds:
+            yield f"| {method} | {figure} |"
 
 
 def samples_table(table: Table, methods: list[str]) -> Iterable[str]:
@@ -211,12 +220,11 @@ def finish(axes: Axes, x: str, y: str, name: str) -> None:
 def main() -> None:
     """Write the page and its plots."""
     decoder = Table("decoder")
-    encoder = Table("encoder") if (RESULTS / "encoder.csv").exists() else None
+    encoder = Table("encoder")
     plot_methods(decoder)
     plot_switch(decoder)
     plot_support(decoder)
-    if encoder is not None:
-        plot_samples(encoder)
+    plot_samples(encoder)
     page = RESULTS / "README.md"
     page.write_text("\n".join(lines_of(decoder, encoder)).rstrip("\n") + "\n", encoding="utf-8")
     print(page)

@@ -256,7 +256,8 @@ def settings(suite: str, questions: list[str]) -> list[Run]:
     for question in questions:
         asked = QUESTIONS[question]
         for method in asked["methods"]:
-            if suite == "encoder" and METHODS[method].kind != "pool":
+            # the encoder's adapters are there already, and its heads are no language model's for a gate to learn from
+            if suite == "encoder" and (METHODS[method].kind != "pool" or METHODS[method].router == "phatgoose"):
                 continue
             for samples in asked.get("samples", {}).get(suite, (SAMPLES[suite],)):
                 placement = asked.get("placement", "attention")
