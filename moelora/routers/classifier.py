@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moelora.routers.base import AbstractRouter
-from moelora.routers.given import GivenRouter
+from moelora.routers.rows import RowRouter
 from moelora.routing import Routing
 from moelora.tape import Tape
 
@@ -31,18 +30,16 @@ class Classifier:
 
 
 @final
-class ClassifierRouter(AbstractRouter):
+class ClassifierRouter(RowRouter):
     """The expert that the classifier named acts, at the scale it was trained at; -1 is the base model.
 
     Source: adapter sets for scenarios of noise behind a classifier (arXiv 2502.01709).
     """
 
     every_token = False
-    given: GivenRouter
 
     def __init__(self, available: Sequence[bool]) -> None:
         super().__init__()
-        self.given = GivenRouter(available)
         self._set_available(available)
 
     def forward(self, x_TD: Float[Tensor, "T D"], tape: Tape) -> Routing:
@@ -51,12 +48,5 @@ class ClassifierRouter(AbstractRouter):
                 "this mixture is routed by a classifier, and it has none: functions are not saved or copied with a "
                 "model; hand it over with moelora.set_classifier(model, classify)"
             )
-        return self.given.forward(x_TD, tape)
-
-    def keep_experts(self, order: Sequence[int]) -> None:
-        self.given.keep_experts(order)
-        self._set_available([bool(self.available_E[index]) for index in order], self.available_E.device)
-
-    def add_experts(self, available: Sequence[bool]) -> None:
-        self.given.add_experts(available)
-        self._set_available([*self.available_E.tolist(), *available], self.available_E.device)
+        experts_TK = self.present(tape.given_ids(x_TD.device))
+        return Routing(experts_TK, (experts_TK >= 0).to(torch.float32))

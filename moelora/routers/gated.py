@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moelora.call_settings import spread_rows
-from moelora.routers.base import AbstractRouter
+from moelora.routers.rows import RowRouter
 from moelora.routing import NO_EXPERT, Routing
 from moelora.tape import Tape
 
@@ -41,7 +41,7 @@ class Gated:
 
 
 @final
-class GatedRouter(AbstractRouter):
+class GatedRouter(RowRouter):
     """y = W x + sum_e g_e Delta_e x, with a gate g_e >= 0 for each expert and row of the batch.
 
     A gate at exactly 0 is closed: its expert has no slot. A row whose gates are all closed is the base model's, bit for
@@ -56,7 +56,7 @@ class GatedRouter(AbstractRouter):
     def __init__(self, config: Gated, available: Sequence[bool]) -> None:
         super().__init__()
         self.config = config
-        self._set_experts(available)
+        self._set_available(available)
 
     def forward(self, x_TD: Float[Tensor, "T D"], tape: Tape) -> Routing:
         weights_BE = tape.current.gates_BE
@@ -81,12 +81,6 @@ class GatedRouter(AbstractRouter):
             spread_rows(weights_BK.masked_fill(empty_BK, 0.0), tape.leading),
         )
 
-    def keep_experts(self, order: Sequence[int]) -> None:
-        self._set_experts([bool(self.available_E[index]) for index in order], self.available_E.device)
-
-    def add_experts(self, available: Sequence[bool]) -> None:
-        self._set_experts([*self.available_E.tolist(), *available], self.available_E.device)
-
-    def _set_experts(self, available: Sequence[bool], device: torch.device | None = None) -> None:
-        self._set_available(available, device)
+    def _set_available(self, available: Sequence[bool], device: torch.device | None = None) -> None:
+        super()._set_available(available, device)
         self.top_k = self.num_experts if self.config.combine == "sum" else 1

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moelora.routers.base import AbstractRouter
-from moelora.routing import NO_EXPERT, Routing
+from moelora.routers.rows import RowRouter
+from moelora.routing import Routing
 from moelora.tape import Tape
 
 
@@ -25,7 +25,7 @@ class Given:
 
 
 @final
-class GivenRouter(AbstractRouter):
+class GivenRouter(RowRouter):
     """The expert that was named acts, at the scale it was trained at; -1 is the base model.
 
     An expert without rows at a site leaves the base as it is there, as its adapter alone would.
@@ -38,14 +38,5 @@ class GivenRouter(AbstractRouter):
         self._set_available(available)
 
     def forward(self, x_TD: Float[Tensor, "T D"], tape: Tape) -> Routing:
-        experts_TK = tape.given_ids(x_TD.device)
-        if not self.all_available:
-            absent_TK = ~self.available_E[experts_TK.clamp(min=0)]
-            experts_TK = experts_TK.masked_fill(absent_TK, NO_EXPERT)
+        experts_TK = self.present(tape.given_ids(x_TD.device))
         return Routing(experts_TK, (experts_TK >= 0).to(torch.float32))
-
-    def keep_experts(self, order: Sequence[int]) -> None:
-        self._set_available([bool(self.available_E[index]) for index in order], self.available_E.device)
-
-    def add_experts(self, available: Sequence[bool]) -> None:
-        self._set_available([*self.available_E.tolist(), *available], self.available_E.device)

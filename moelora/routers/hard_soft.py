@@ -154,10 +154,7 @@ class HardSoftRouter(LinearRouter):
 
     def _domains(self, x_TD: Tensor, tape: Tape) -> Int[Tensor, " T"]:
         """The expert of each token's domain; -1 also where that has no rows."""
-        ids_T = self._given(x_TD, tape)
-        if self.all_available:
-            return ids_T
-        return ids_T.masked_fill(~self.available_E[ids_T.clamp(min=0)], NO_EXPERT)
+        return self.present(self._given(x_TD, tape))
 
     def _set_available(self, available: Sequence[bool], device: torch.device | None = None) -> None:
         super()._set_available(available, device)

@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moelora.routers.base import AbstractRouter
+from moelora.routers.rows import RowRouter
 from moelora.routing import Routing
 from moelora.tape import Tape
 
 
-class LinearRouter(AbstractRouter):
+class LinearRouter(RowRouter):
     """z = W x, without bias, in fp32; what follows from the scores is its subclasses' own.
 
     Attributes:
@@ -44,18 +44,6 @@ class LinearRouter(AbstractRouter):
     @abstractmethod
     def forward(self, x_TD: Float[Tensor, "T D"], tape: Tape) -> Routing: ...
 
-    def keep_experts(self, order: Sequence[int]) -> None:
-        keep = torch.tensor(list(order), dtype=torch.long, device=self.weight_ED.device)
-        for name, tensor in self._rows().items():
-            self._put(name, tensor.detach()[keep])
-        self._set_available([bool(self.available_E[index]) for index in order], self.weight_ED.device)
-
-    def add_experts(self, available: Sequence[bool]) -> None:
-        for name, tensor in self._rows().items():
-            rows = tensor.new_zeros(len(available), *tensor.shape[1:])
-            self._put(name, torch.cat([tensor.detach(), rows]))
-        self._set_available([*self.available_E.tolist(), *available], self.weight_ED.device)
-
     def extra_repr(self) -> str:
         return f"in_features={self.weight_ED.shape[1]}, experts={self.num_experts}"
 
@@ -67,12 +55,7 @@ class LinearRouter(AbstractRouter):
         return logits_TE if self.all_available else logits_TE.masked_fill(~self.available_E, -torch.inf)
 
     def _rows(self) -> dict[str, Tensor]:
-        """Parameters and buffers that have a row for each expert, by attribute."""
         return {"weight_ED": self.weight_ED}
-
-    def _put(self, name: str, tensor: Tensor) -> None:
-        old = getattr(self, name)
-        setattr(self, name, nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
 
     def _set_available(self, available: Sequence[bool], device: torch.device | None = None) -> None:
         super()._set_available(available, device)

@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moelora.routers.base import AbstractRouter
+from moelora.routers.rows import RowRouter
 from moelora.routing import NO_EXPERT, Routing
 from moelora.tape import Tape
 
 
-class PrototypeRouter(AbstractRouter):
+class PrototypeRouter(RowRouter):
     """The K experts whose prototypes fit a token best act; what fits means is its subclasses' own.
 
     An expert without a prototype (zeros) is never chosen: nothing is known of it, and its score of 0 would still give
@@ -37,16 +37,6 @@ class PrototypeRouter(AbstractRouter):
     @abstractmethod
     def forward(self, x_TD: Float[Tensor, "T D"], tape: Tape) -> Routing: ...
 
-    def keep_experts(self, order: Sequence[int]) -> None:
-        keep = torch.tensor(list(order), dtype=torch.long, device=self.prototype_ED.device)
-        self.prototype_ED = self.prototype_ED[keep]
-        self._set_available([bool(self.available_E[index]) for index in order], self.prototype_ED.device)
-
-    def add_experts(self, available: Sequence[bool]) -> None:
-        rows_ED = self.prototype_ED.new_zeros(len(available), self.prototype_ED.shape[1])
-        self.prototype_ED = torch.cat([self.prototype_ED, rows_ED])
-        self._set_available([*self.available_E.tolist(), *available], self.prototype_ED.device)
-
     # --- for subclasses -------------------------------------------------------------------------------------------
 
     def choose(self, scores_TE: Float[Tensor, "T E"]) -> Routing:
@@ -62,6 +52,9 @@ class PrototypeRouter(AbstractRouter):
         # where nobody is known, the scores are all 0: losses and reports take a distribution from them
         logits_TE = scores_TE.masked_fill(~known_E & known_E.any(), -torch.inf)
         return Routing(experts_TK.masked_fill(empty_TK, NO_EXPERT), weights_TK, logits_TE)
+
+    def _rows(self) -> dict[str, Tensor]:
+        return {"prototype_ED": self.prototype_ED}
 
     def _set_available(self, available: Sequence[bool], device: torch.device | None = None) -> None:
         super()._set_available(available, device)

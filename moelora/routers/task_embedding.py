@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moelora.routers.base import AbstractRouter
 from moelora.routers.linear import linear_in_fp32
+from moelora.routers.rows import RowRouter
 from moelora.routing import NO_EXPERT, Routing
 from moelora.tape import Tape
 
@@ -54,7 +54,7 @@ class TaskEmbedding:
 
 
 @final
-class TaskEmbeddingRouter(AbstractRouter):
+class TaskEmbeddingRouter(RowRouter):
     """g = softmax(W_g Emb[task]) over all experts, in fp32; a token without a task (-1) is the base model's.
 
     Axes of its own: M tasks, H the width of an embedding. An expert without rows at a site has no share there. It has
@@ -99,15 +99,8 @@ class TaskEmbeddingRouter(AbstractRouter):
         logits_ME = linear_in_fp32(self.embedding_MH, self.weight_EH)
         return logits_ME.masked_fill(~self.available_E, -torch.inf).softmax(dim=-1)
 
-    def keep_experts(self, order: Sequence[int]) -> None:
-        keep = torch.tensor(list(order), dtype=torch.long, device=self.weight_EH.device)
-        self.weight_EH = nn.Parameter(self.weight_EH.detach()[keep], self.weight_EH.requires_grad)
-        self._set_available([bool(self.available_E[index]) for index in order], self.weight_EH.device)
-
-    def add_experts(self, available: Sequence[bool]) -> None:
-        rows_EH = self.weight_EH.new_zeros(len(available), self.config.width)
-        self.weight_EH = nn.Parameter(torch.cat([self.weight_EH.detach(), rows_EH]), self.weight_EH.requires_grad)
-        self._set_available([*self.available_E.tolist(), *available], self.weight_EH.device)
+    def _rows(self) -> dict[str, Tensor]:
+        return {"weight_EH": self.weight_EH}
 
     def _set_available(self, available: Sequence[bool], device: torch.device | None = None) -> None:
         super()._set_available(available, device)
