@@ -8,6 +8,7 @@ samples.
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moelora
 import moelora.mixture
 from benchmarks.quality import peers, texts
-from benchmarks.quality.study import METHODS, Method, Options, Run
+from benchmarks.quality.study import METHODS, TUNING_SEED, Method, Options, Run
 from benchmarks.quality.training import Batch, train
 from moelora import AuxLosses, MoELoRAConfig
 from moelora.config import ROUTERS
@@ -75,7 +76,7 @@ class Decoder:
         try:
             history = self.train_method(run, method)
             found = self.evaluate(run, method)
-            return found | history | self.sizes(run, method)
+            return found | history | self.sizes(method)
         finally:
             moelora.unpatch_model(self.model)
 
@@ -191,7 +192,7 @@ class Decoder:
         if method is None or method.router != "hard_soft":
             return {}
         begins, at = {}, 0.0
-        for stage, share in method.options.get("stages", {"router": 1.0}).items():
+        for stage, share in method.options["stages"].items():
             begins[round(at * steps)] = stage
             at += share
         return begins
@@ -238,7 +239,7 @@ class Decoder:
         """Losses in nats per token on each domain and on composites, and where tokens go."""
         self.model.eval()
         found: Metrics = {}
-        splits = ("validation",) if run.seed == 100 else ("validation", "test")
+        splits = ("validation",) if run.seed == TUNING_SEED else ("validation", "test")
         for split in splits:
             for index, domain in enumerate(self.domains):
                 windows_NL = domain.validation_NL if split == "validation" else domain.test_NL
@@ -246,10 +247,14 @@ class Decoder:
                     found[f"{split} {domain.name}"] = self.loss_of(windows_NL)
             found[split] = sum(found[f"{split} {name}"] for name in self.names) / len(self.names)
         if "test" in splits:
-            with self.acting(method, self.label_NL.cpu()), moelora.record(self.model) as recording:
-                found["composite"] = self.loss_of(self.composite_NL, whole=True)
-            if method.kind == "pool" and method.router:
-                found |= self.agreement(recording)
+            routed = method.kind == "pool" and method.router
+            with (
+                self.acting(method, self.label_NL.cpu()),
+                moelora.record(self.model) if routed else nullcontext() as kept,
+            ):
+                found["composite"] = self.loss_of(self.composite_NL)
+            if routed:
+                found |= self.agreement(kept)
         return found
 
     def acting(self, method: Method, label_NL: Tensor) -> Any:
@@ -266,9 +271,9 @@ class Decoder:
             label_NL = torch.randint(len(names), label_NL.shape, generator=generator)
         if method.fixed in ("random", "oracle"):
             return moelora.given_experts(self.model, label_NL)
-        return moelora.record(self.model)
+        return nullcontext()
 
-    def loss_of(self, windows_NL: Tensor, *, whole: bool = True) -> float:
+    def loss_of(self, windows_NL: Tensor) -> float:
         """Mean loss over all tokens, in one batch so that ids given for its tokens fit."""
         ids_NL = windows_NL.to(self.options.device)
         logits_NLV = self.model(input_ids=ids_NL).logits[:, :-1].float()
@@ -305,7 +310,7 @@ class Decoder:
             f"agreement @{number}": value for number, value in enumerate(parts.tolist())
         }
 
-    def sizes(self, run: Run, method: Method) -> Metrics:
+    def sizes(self, method: Method) -> Metrics:
         """Parameters that act on a token, and all that were added: factors and routers."""
         layers = moelora.mixture.find_mixture(self.model)[1].layers.values()
         routers = sum(p.numel() for layer in layers for p in layer.router.parameters())
@@ -335,20 +340,6 @@ class Decoder:
                 steps = self.steps(math.ceil(run.samples / ROUTER_BATCH))
                 # X-LoRA's hooks keep state from call to call, which a captured graph would not
                 train(self.model, steps, run.rate, batches, self.plain_loss, capture=False)
-            return self.evaluate_peft(run)
+            return self.evaluate(run, method)
         finally:
             self.model = own
-
-    @torch.no_grad()
-    def evaluate_peft(self, run: Run) -> Metrics:
-        """Losses on each domain and on composites."""
-        self.model.eval()
-        found: Metrics = {}
-        for split in ("validation",) if run.seed == 100 else ("validation", "test"):
-            for domain in self.domains:
-                windows_NL = domain.validation_NL if split == "validation" else domain.test_NL
-                found[f"{split} {domain.name}"] = self.loss_of(windows_NL)
-            found[split] = sum(found[f"{split} {name}"] for name in self.names) / len(self.names)
-        if run.seed != 100:
-            found["composite"] = self.loss_of(self.composite_NL)
-        return found

@@ -84,6 +84,17 @@ def _rloo(kind: str, top_k: int, weight: str, samples: int = 4) -> Method:
     )
 
 
+def _hard_soft(kind: str, top_k: int, losses: dict[str, Any] = BALANCE, **stages: float) -> Method:
+    return Method(
+        kind=kind,
+        router="hard_soft",
+        router_options={"top_k": top_k},
+        losses=losses,
+        rates=ROUTER_RATES if kind == "pool" else ADAPTER_RATES,
+        options={"stages": stages or {"router": 1.0}},
+    )
+
+
 METHODS: dict[str, Method] = {
     # each adapter alone on its own domain; the others below that say "pool" mix these
     "adapters": Method(kind="adapters", rates=ADAPTER_RATES),
@@ -101,17 +112,13 @@ METHODS: dict[str, Method] = {
     "unit, top 2": _learned("pool", 2, "unit"),
     "constant by RLOO, top 2": _rloo("pool", 2, "mean"),
     "constant by RLOO, top 1": _rloo("pool", 1, "sum"),
-    "LoRA-Mixer, top 3": Method(
-        kind="pool", router="hard_soft", router_options={"top_k": 3}, losses=BALANCE, rates=ROUTER_RATES
-    ),
+    "LoRA-Mixer, top 3": _hard_soft("pool", 3),
     "PEFT Arrow, top 2": Method(kind="peft", router="arrow", router_options={"top_k": 2}),
     "PEFT X-LoRA": Method(kind="peft", router="xlora", rates=ADAPTER_RATES),
     "supervised gate, top 2": _learned("pool", 2, "renormalized", {"load_balance": 0.0, "gate_cross_entropy": 1.0}),
     # losses on the routing, LoRA-Mixer's router stage
     **{
-        f"router stage, {name}": Method(
-            kind="pool", router="hard_soft", router_options={"top_k": 3}, losses=losses, rates=ROUTER_RATES
-        )
+        f"router stage, {name}": _hard_soft("pool", 3, losses)
         for name, losses in {
             "no loss": NOTHING,
             "balance": BALANCE,
@@ -127,30 +134,9 @@ METHODS: dict[str, Method] = {
         f"ReMix, top 2, M = {samples}": replace(_rloo("joint", 2, "rslora", samples), rates=(), rate_of="ReMix, top 2")
         for samples in (2, 8, 16)
     },
-    "hard, then soft": Method(
-        kind="joint",
-        router="hard_soft",
-        router_options={"top_k": 2},
-        losses=BALANCE,
-        rates=ADAPTER_RATES,
-        options={"stages": {"expert": 0.7, "router": 0.3}},
-    ),
-    "hard, then joint": Method(
-        kind="joint",
-        router="hard_soft",
-        router_options={"top_k": 2},
-        losses=BALANCE,
-        rates=ADAPTER_RATES,
-        options={"stages": {"expert": 0.5, "joint": 0.3, "sparse": 0.2}},
-    ),
-    "soft from the start": Method(
-        kind="joint",
-        router="hard_soft",
-        router_options={"top_k": 2},
-        losses=BALANCE,
-        rates=ADAPTER_RATES,
-        options={"stages": {"sparse": 1.0}},
-    ),
+    "hard, then soft": _hard_soft("joint", 2, expert=0.7, router=0.3),
+    "hard, then joint": _hard_soft("joint", 2, expert=0.5, joint=0.3, sparse=0.2),
+    "soft from the start": _hard_soft("joint", 2, sparse=1.0),
     "one LoRA of rank k r": Method(kind="single", rank_times="k", rates=ADAPTER_RATES),
     "one LoRA of rank E r": Method(kind="single", rank_times="E", rates=ADAPTER_RATES),
 }
