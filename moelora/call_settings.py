@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moelora.routing import Routing
+from moelora.routing import NO_EXPERT, Routing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +103,27 @@ def spread_rows(values_NK: Tensor, leading: tuple[int, ...]) -> Tensor:
             "`repeats=` says how often the model repeats a row), or one mixture for all rows"
         )
     return values_NK.repeat_interleave(tokens // rows, dim=0)
+
+
+def checked_ids(ids: Tensor, count: int, *, name: str = "ids", look: bool = True) -> Int[Tensor, "..."]:
+    """Ids that are given from outside, as int64.
+
+    Args:
+        ids: for a call (), its rows (B,), its tokens (B, L), or several for each (B, L, K).
+        count: how many experts, or tasks, there are.
+        name: what the caller calls them, for the errors.
+        look: whether the values are looked at, which waits for the device.
+
+    Raises:
+        ValueError: for another shape or dtype, or an id that is neither -1 nor below `count`.
+    """
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.ndim > 3 or not ids.numel():
+        raise ValueError(
+            f"{name} must be integers of shape (), (B,), (B, L) or (B, L, K), got {ids.dtype} {tuple(ids.shape)}"
+        )
+    ids = ids.long()
+    if look and not (int(ids.min()) >= NO_EXPERT and int(ids.max()) < count):
+        raise ValueError(
+            f"{name} must lie between -1 (base model) and {count - 1}, got {int(ids.min())} to {int(ids.max())}"
+        )
+    return ids

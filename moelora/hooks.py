@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from moelora.aux_losses import distinct, weigh
-from moelora.call_settings import GivenIds
+from moelora.call_settings import GivenIds, checked_ids
 from moelora.config import AuxLosses, MoELoRAConfig
 from moelora.latch import prompt_mask, put, turn_of
 from moelora.layer import MoELoRALinear
 from moelora.routers.learned import LearnedRouter
-from moelora.routing import NO_EXPERT, dense_weights
+from moelora.routing import dense_weights
 from moelora.tape import Frame, Tape
 
 IDS = "expert_ids"
@@ -201,20 +201,12 @@ class RootHooks(StackHooks):
         if not reads_ids(self.config):
             raise ValueError(f"expert_ids were passed, but this model's router would not look at them: it is {router}")
         tensor = torch.as_tensor(ids)
-        if tensor.dtype.is_floating_point or tensor.dtype == torch.bool or tensor.ndim > 3 or not tensor.numel():
-            raise ValueError(
-                "expert_ids must be integers of shape (), (B,), (B, L) or (B, L, K), "
-                f"got {tensor.dtype} {tuple(tensor.shape)}"
-            )
+        if tensor.dtype == torch.bool:
+            raise ValueError(f"expert_ids must be integers, got {tensor.dtype} {tuple(tensor.shape)}")
         count = len(getattr(router, "tasks", ())) or len(next(iter(self.layers.values())).bank)
         # a look at the values waits for the device; a compiler and a graph that is captured cannot
-        watched = torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-        if not watched and not (int(tensor.min()) >= NO_EXPERT and int(tensor.max()) < count):
-            raise ValueError(
-                f"expert_ids must lie between -1 (base model) and {count - 1}, "
-                f"got {int(tensor.min())} to {int(tensor.max())}"
-            )
-        return tensor.long()
+        look = not (torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
+        return checked_ids(tensor, count, name=IDS, look=look)
 
     # --- loss-free balancing --------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moelora.aux_losses import weigh
-from moelora.call_settings import FixedMixture, GivenIds, Settings
+from moelora.call_settings import FixedMixture, GivenIds, Settings, checked_ids
 from moelora.config import MoELoRAConfig
 from moelora.hooks import RootHooks, reads_ids
 from moelora.layer import MoELoRALinear
@@ -342,13 +342,4 @@ def given_tensor(
             tensor = torch.tensor(rows)
         except (TypeError, ValueError) as error:
             raise ValueError(f"ids must be names or integers, as many in every row; got {ids!r}") from error
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.ndim > 3 or not tensor.numel():
-        raise ValueError(
-            f"ids must be integers of shape (), (B,), (B, L) or (B, L, K), got {tensor.dtype} {tuple(tensor.shape)}"
-        )
-    tensor = tensor.long()
-    if not (int(tensor.min()) >= NO_EXPERT and int(tensor.max()) < len(names)):
-        raise ValueError(
-            f"ids must lie between -1 (base model) and {len(names) - 1}, got {int(tensor.min())} to {int(tensor.max())}"
-        )
-    return tensor
+    return checked_ids(tensor, len(names))

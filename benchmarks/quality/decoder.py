@@ -248,10 +248,8 @@ class Decoder:
             found[split] = sum(found[f"{split} {name}"] for name in self.names) / len(self.names)
         if "test" in splits:
             routed = method.kind == "pool" and method.router
-            with (
-                self.acting(method, self.label_NL.cpu()),
-                moelora.record(self.model) if routed else nullcontext() as kept,
-            ):
+            recording = moelora.record(self.model) if routed else nullcontext()
+            with self.acting(method, self.label_NL.cpu()), recording as kept:
                 found["composite"] = self.loss_of(self.composite_NL)
             if routed:
                 found |= self.agreement(kept)
