@@ -210,3 +210,16 @@ def test_inductor_generates_code_for_it():
             torch.testing.assert_close(compiled(**one).logits, model(**one).logits, rtol=1e-4, atol=1e-4)
         """
     )
+
+
+def test_whether_the_kernels_run_is_known_without_looking():
+    """On a GPU every layer asks this while it is traced; the search for Triton itself cannot be traced."""
+    run(
+        """
+        from moelora.kernels.fused import operators
+
+        operators()
+        compiled = torch.compile(lambda x: x + (operators() is None), fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(1)) == 1
+        """
+    )

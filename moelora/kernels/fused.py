@@ -6,7 +6,6 @@ Begin with mix_fused; `runs` says whether it may be called.
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -34,15 +33,15 @@ class Linear(NamedTuple):
     bias_O: Tensor | None
 
 
-@lru_cache
+_FOUND: list[ModuleType | None] = []
+
+
 def operators() -> ModuleType | None:
     """The Triton operators, where they can run: beside a CUDA device, or in Triton's interpreter."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    if importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or interpreted):
-        return None
-    from moelora.kernels.gpu import ops
-
-    return ops
+    # a plain list: torch.compile would look through functools' caches, at a search that it cannot trace
+    if not _FOUND:
+        _FOUND.append(_find())
+    return _FOUND[0]
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
@@ -140,3 +139,12 @@ def _add_biases(output_TO: Tensor, factors: Factors, routing: Routing, every_tok
     gate_TE = dense_weights(routing, factors.scale_E.shape[0]) * factors.scale_E
     delta_TO = gate_TE.to(output_TO.dtype) @ factors.bias_EO.to(output_TO.dtype)
     return add(output_TO, delta_TO, routing, every_token=every_token)
+
+
+def _find() -> ModuleType | None:
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or interpreted):
+        return None
+    from moelora.kernels.gpu import ops
+
+    return ops
