@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from moelora import continual as continual
     from moelora.anchor import Anchor as Anchor
     from moelora.classifying import by_estimator as by_estimator
     from moelora.classifying import by_module as by_module
@@ -120,6 +121,8 @@ __all__ = [*sorted(_HOMES), "__version__"]  # pyright: ignore[reportUnsupportedD
 
 
 def __getattr__(name: str) -> object:
+    if name == "continual":
+        return _import_module("moelora.continual")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'moelora' has no attribute {name!r}")

@@ -14,6 +14,7 @@ from moelora.kernels.fused import PLAIN
 from moelora.layer import MoELoRALinear
 from moelora.mixture import Mixture, find_mixture
 from moelora.patch import unpatch_model
+from moelora.routers.gated import refuse_leaving_gates
 from moelora.routers.task_embedding import TaskEmbedding, TaskEmbeddingRouter
 
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -45,10 +46,11 @@ def merge(model: nn.Module, *, task: str | None = None, weights: "str | Mapping[
         The model, which is a plain one now, with the flags of `requires_grad` that it had before it was patched.
 
     Raises:
-        ValueError: for a router that looks at the token, an unknown name, a quantised or tied weight, a bias that the
-            base has no place for. The model is as it was then.
+        ValueError: for a router that looks at the token, experts that unlearn behind gates, an unknown name, a
+            quantised or tied weight, a bias that the base has no place for. The model is as it was then.
     """
     root, mixture = find_mixture(model)
+    refuse_leaving_gates(mixture.config.router)
     weights_of = _weights_by_site(mixture, task, weights)
     for site, layer in mixture.layers.items():
         _check_base(site, layer, weights_of[site])

@@ -21,6 +21,7 @@ from moelora.manifest import ExpertEntry, Manifest, read_manifest
 from moelora.mixture import find_mixture
 from moelora.patch import carry_out, refuse_patched, unpatch_model
 from moelora.plan import ExpertPlan, Plan, make_plan
+from moelora.routers.gated import refuse_leaving_gates
 
 
 def save(model: nn.Module, folder: "str | Path", *, include_experts: bool = False) -> None:
@@ -147,9 +148,11 @@ def export_adapter(model: nn.Module, folder: "str | Path", *, weights: "str | Ma
         weights: weight of each expert, on top of its own trained scale; or one expert's name, for weight 1.
 
     Raises:
-        ValueError: for an unknown name, a weight that is not finite, or if no expert has a weight.
+        ValueError: for an unknown name, a weight that is not finite, if no expert has a weight, or for experts that
+            unlearn behind gates.
     """
     _, mixture = find_mixture(model)
+    refuse_leaving_gates(mixture.config.router)
     wanted = {weights: 1.0} if isinstance(weights, str) else dict(weights)
     indices = {mixture.index(name): float(weight) for name, weight in wanted.items()}
     if not all(map(math.isfinite, indices.values())):

@@ -27,9 +27,12 @@ class Gated:
     Attributes:
         combine: "sum", every expert whose gate is open acts, with the gate's weight; "max_single", only the one whose
             gate is open widest, and of several the one with the lowest id.
+        mergeable: whether experts may leave their gates: `moelora.merge` and `moelora.export_adapter` refuse if not. An
+            expert that unlearns something would act on all inputs then.
     """
 
     combine: str = "sum"
+    mergeable: bool = True
 
     def __post_init__(self) -> None:
         if self.combine not in COMBINE:
@@ -84,3 +87,12 @@ class GatedRouter(RowRouter):
     def _set_available(self, available: Sequence[bool], device: torch.device | None = None) -> None:
         super()._set_available(available, device)
         self.top_k = self.num_experts if self.config.combine == "sum" else 1
+
+
+def refuse_leaving_gates(router: object) -> None:
+    """Raise ValueError if this is the router of experts that must stay behind their gates."""
+    if isinstance(router, Gated) and not router.mergeable:
+        raise ValueError(
+            "these experts unlearn something where their gates are open, and must not leave the gates: merged or "
+            "exported they would act on every input. Save them with their gates (UnlearningStack.save)"
+        )
