@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from moelora.continual.features import HiddenStates as HiddenStates
     from moelora.continual.gate import Gate as Gate
     from moelora.continual.o3_stack import O3Stack as O3Stack
-    from moelora.continual.objectives import GradientAscent as GradientAscent
     from moelora.continual.objectives import NPO as NPO
-    from moelora.continual.objectives import Objective as Objective
     from moelora.continual.objectives import RMU as RMU
+    from moelora.continual.objectives import GradientAscent as GradientAscent
+    from moelora.continual.objectives import Objective as Objective
     from moelora.continual.objectives import RandomOption as RandomOption
     from moelora.continual.objectives import Refusal as Refusal
     from moelora.continual.objectives import SimNPO as SimNPO

@@ -101,34 +101,62 @@ def train_expert(
         ValueError: if the expert is not what is trained, or not alone; for a dataset that does not fit; for a loss or a
             gradient that is not finite, which is looked for after each epoch. The expert is of no use then.
     """
+    root, mixture = find_mixture(model)
     try:
-        return _train(model, name, listed(dataset), objective, collate, training, hold, beside)
+        factors = _factors(mixture, name)
+        with _alone(root, factors), use_experts(model, dict.fromkeys([name, *beside], 1.0)):
+            return _fit(model, factors, listed(dataset), objective, collate, training, hold, f"{name!r}")
     finally:
         if hold is not None:
             hold.remove()
 
 
+def train_router(
+    model: nn.Module, dataset: Any, objective: Objective, *, collate: Collate, training: Training
+) -> list[float]:
+    """Train the routers of a mixture, while all experts stay as they are; otherwise as `train_expert`.
+
+    Returns:
+        The objective's mean loss in each epoch.
+
+    Raises:
+        ValueError: if there is nothing to train in the routers; for a dataset that does not fit; for a loss or a
+            gradient that is not finite.
+    """
+    root, mixture = find_mixture(model)
+    parameters = [parameter for router in mixture.routers().values() for parameter in router.parameters()]
+    flags = [parameter.requires_grad for parameter in parameters]
+    if not parameters:
+        raise ValueError(f"this model's routers have nothing to train: {mixture.config.router}")
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with _alone(root, parameters):
+            return _fit(model, parameters, listed(dataset), objective, collate, training, None, "the routers")
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _train(
+def _fit(
     model: nn.Module,
-    name: str,
+    parameters: Sequence[nn.Parameter],
     examples: list[Any],
     objective: Objective,
     collate: Collate,
     training: Training,
     hold: Hold | None,
-    beside: Sequence[str],
+    what: str,
 ) -> list[float]:
-    root, mixture = find_mixture(model)
-    factors = _factors(mixture, name)
-    # one kernel for all factors where there is one
+    # one kernel for all parameters where there is one
     optimizer = torch.optim.AdamW(
-        factors,
+        parameters,
         lr=training.learning_rate,
         weight_decay=training.weight_decay,
-        fused=True if all(factor.is_cuda for factor in factors) else None,
+        fused=True if all(parameter.is_cuda for parameter in parameters) else None,
     )
     if hold is not None:
         hold.attach(optimizer)
@@ -136,7 +164,7 @@ def _train(
     steps = training.epochs * math.ceil(len(examples) / training.batch_size)
 
     means, step = [], 0
-    with _own_randomness(training.seed), _alone(root, factors), use_experts(model, dict.fromkeys([name, *beside], 1.0)):
+    with _own_randomness(training.seed):
         examples = objective.examples(examples, generator)
         examples = objective.with_reference(model, examples, collate, training.batch_size)
         for _ in range(training.epochs):
@@ -147,17 +175,17 @@ def _train(
                 loss = objective.loss(model, batch, generator)
                 total = loss if hold is None else loss + hold.penalty()
                 if not total.requires_grad:
-                    raise ValueError(f"the loss of {objective} does not depend on expert {name!r}; nothing to train")
+                    raise ValueError(f"the loss of {objective} does not depend on {what}; nothing to train")
                 optimizer.zero_grad()
                 total.backward()
-                norm = nn.utils.clip_grad_norm_(factors, training.max_grad_norm)
+                norm = nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
                 optimizer.step()
                 seen.append((loss.detach(), total.detach(), norm.detach()))
                 sizes.append(len(batch["input_ids"]))
 
             # to read a number waits for the device: once an epoch
             losses_N, totals_N, norms_N = (torch.stack(list(column)).double().cpu() for column in zip(*seen))
-            _check_finite(totals_N, norms_N, step, training, name)
+            _check_finite(totals_N, norms_N, step, training, what)
             means.append(float(losses_N @ torch.tensor(sizes).double()) / sum(sizes))
             step += len(sizes)
         optimizer.zero_grad()
@@ -210,12 +238,12 @@ def _own_randomness(seed: int) -> Iterator[None]:
         yield
 
 
-def _check_finite(totals_N: Tensor, norms_N: Tensor, step: int, training: Training, name: str) -> None:
+def _check_finite(totals_N: Tensor, norms_N: Tensor, step: int, training: Training, what: str) -> None:
     wrong_N = ~(totals_N.isfinite() & norms_N.isfinite())
     if wrong_N.any():
         first = int(wrong_N.nonzero()[0, 0])
         raise ValueError(
-            f"in step {step + first + 1} of the training of {name!r} the loss is {float(totals_N[first])} and its "
+            f"in step {step + first + 1} of the training of {what} the loss is {float(totals_N[first])} and its "
             f"gradient has the length {float(norms_N[first])}; expected finite numbers. Lower the learning_rate (now "
             f"{training.learning_rate}), and see whether the base model's own output is finite"
         )

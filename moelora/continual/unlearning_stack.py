@@ -1,7 +1,6 @@
 """Requests to forget, one after the other, each an expert behind a gate of its own. Begin with UnlearningStack."""
 
 import copy
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
@@ -12,12 +11,13 @@ from torch import Tensor, nn
 
 from moelora.continual.certificate import Certificate
 from moelora.continual.detectors import Detector, Mahalanobis
-from moelora.continual.examples import Collate, batches, listed, prompts_of
-from moelora.continual.experts import BATCH_SIZE, Experts
+from moelora.continual.examples import listed, prompts_of
+from moelora.continual.experts import Experts
 from moelora.continual.features import HiddenStates, Windows
 from moelora.continual.gate import UNIONS, Gate, Promise, fit_gate, recalibrate
 from moelora.continual.objectives import Objective, default_objective
 from moelora.continual.orthogonality import Orthogonality
+from moelora.continual.reading import read, split
 from moelora.continual.stack_gates import Features, gates_of
 from moelora.continual.training import Training
 from moelora.gating import set_gates
@@ -186,7 +186,7 @@ class UnlearningStack:
         )
         name = self._experts.new_name(name, "request")
         examples = listed(dataset)
-        fitted, held = _split(examples, held_out, self.seed + len(self._requests))
+        fitted, held = split(examples, held_out, self.seed + len(self._requests))
         objective = default_objective(self.model, examples) if objective is None else objective
         gate = fit_gate(copy.deepcopy(self.detector), self._read(fitted), self._read(held), promise)
         gates = recalibrate(
@@ -284,24 +284,3 @@ class UnlearningStack:
     def _need_requests(self) -> None:
         if not self._requests:
             raise ValueError("this stack has no requests yet; call forget(...) first")
-
-
-def read(features: Features, collate: Collate, dataset: Any) -> Windows:
-    """Features of a dataset's prompts."""
-    return Windows.join([features(prompts_of(batch)) for batch in batches(dataset, collate, BATCH_SIZE)])
-
-
-# --- inside -----------------------------------------------------------------------------------------------------------
-
-
-def _split(examples: list[Any], held_out: Any, seed: int) -> tuple[list[Any], list[Any]]:
-    """What a detector is fitted to, and what its misses are counted on."""
-    if not isinstance(held_out, float):
-        return examples, listed(held_out)
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out is a share between 0 and 1, or a dataset; got {held_out}")
-    count = math.ceil(held_out * len(examples))
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    if count == len(examples):
-        raise ValueError(f"held_out={held_out} of {len(examples)} examples leaves none to fit the gate to; give more")
-    return [examples[number] for number in order[count:]], [examples[number] for number in order[:count]]
