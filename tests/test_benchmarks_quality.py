@@ -30,7 +30,7 @@ def test_every_method_can_be_built():
             assert not method.rate_of or METHODS[method.rate_of].rates
 
 
-@pytest.mark.parametrize("suite", ["decoder", "encoder"])
+@pytest.mark.parametrize("suite", ["decoder", "encoder", "mixed"])
 def test_all_methods_are_tuned_alike(suite):
     """Each is tried at three rates, on a seed that is not reported, and reported three times."""
     questions = list(QUESTIONS)
@@ -46,7 +46,7 @@ def test_all_methods_are_tuned_alike(suite):
             METHODS[run.method].fixed
             or METHODS[run.method].rates
             or METHODS[run.method].rate_of
-            or (METHODS[run.method].router in ("arrow", "phatgoose"))
+            or (METHODS[run.method].router in ("arrow", "phatgoose", "classifier"))
         )
 
 
@@ -61,7 +61,7 @@ def test_what_is_done_is_found_again(results):
     assert replace(run, seed=2).key not in again.done()
 
 
-@pytest.mark.parametrize(("suite", "best"), [("decoder", 9e-3), ("encoder", 1e-3)])
+@pytest.mark.parametrize(("suite", "best"), [("decoder", 9e-3), ("encoder", 1e-3), ("mixed", 1e-3)])
 def test_the_best_rate_is_taken(results, suite, best):
     """The lowest loss or the highest accuracy on the tuning seed, and none before all rates were tried."""
     method = "mixture, top 2"

@@ -2,8 +2,9 @@
 
 The protocol of `examples/ten_skills.py`: adapters and heads of all-MiniLM-L6-v2 were each trained alone on one domain
 of CLINC150; the ten heads stand one after the other as 150 logits, and nobody names the domain. Only routers learn, in
-75 steps of 16 utterances, from `samples` utterances that are shown again and again. The adapters are the same for all
-seeds, so what trains nothing has no spread.
+75 steps of 16 utterances, from `samples` utterances that are shown again and again; PHATGOOSE's gates each in 100 steps
+on the utterances and the 15 intents of their own adapter. The adapters are the same for all seeds, so what trains
+nothing has no spread.
 """
 
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moelora
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import clinc  # pyright: ignore[reportMissingImports]
 
 STEPS = 75
+GATE_STEPS = 100
 BATCH = 16
 TEST = 900
 VALIDATION = 600
@@ -60,7 +62,9 @@ class Encoder:
             progress=False,
         )
         try:
-            if run.rate:
+            if method.router == "phatgoose":
+                self.train_gates(run)
+            elif run.rate:
                 self.fit(run, method)
             split = "validation" if run.seed == TUNING_SEED else "test"
             return {split: self.accuracy(method, self.validation if split == "validation" else self.test)}
@@ -85,6 +89,22 @@ class Encoder:
 
         steps = max(2, round(STEPS * self.options.scale))
         train(self.model, steps, run.rate, self.batches(run), loss_of)
+
+    def train_gates(self, run: Run) -> None:
+        """Train each adapter's gate alone, on what the adapter was trained on."""
+        known = clinc.read("train")
+        steps = max(2, round(GATE_STEPS * self.options.scale))
+        generator = torch.Generator().manual_seed(run.seed)
+        for index, domain in enumerate(clinc.DOMAINS):
+            own = [utterance for utterance in known if utterance.label // clinc.PER_DOMAIN == index]
+            intents = slice(clinc.PER_DOMAIN * index, clinc.PER_DOMAIN * (index + 1))
+            alone = OneHead(self.model, self.weight_CD[intents], self.bias_C[intents])
+            batches = (
+                {name: tensor.to(self.options.device) for name, tensor in batch.inputs.items()}
+                | {"label": (batch.label_B - intents.start).to(self.options.device)}
+                for batch in clinc.batches(self.tokenizer, own, BATCH, generator=generator)
+            )
+            moelora.train_phatgoose(alone, domain, batches, steps=steps)
 
     def losses_by_row(self, batch: dict[str, Tensor]) -> Any:
         """For RLOO: the loss of each row of a batch whose rows are repeated."""
@@ -143,3 +163,18 @@ class Encoder:
             shape = batch.inputs["input_ids"].shape
             return moelora.given_experts(self.model, torch.randint(len(names), shape, generator=generator))
         return nullcontext()
+
+
+class OneHead(nn.Module):
+    """An encoder with one skill's head; it is called `module`, as in torch's own wrappers, to be found in here."""
+
+    def __init__(self, encoder: Any, weight_CD: Tensor, bias_C: Tensor) -> None:
+        super().__init__()
+        self.module, self.weight_CD, self.bias_C = encoder, weight_CD, bias_C
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, label: Tensor) -> dict[str, Tensor]:
+        """The mean cross-entropy, under "loss"."""
+        hidden_BLD = self.module(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask_BL1 = attention_mask.unsqueeze(-1).to(hidden_BLD.dtype)
+        mean_BD = (hidden_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
+        return {"loss": F.cross_entropy(F.linear(mean_BD, self.weight_CD, self.bias_C), label)}

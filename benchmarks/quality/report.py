@@ -18,10 +18,14 @@ import torch
 from matplotlib.axes import Axes
 
 from benchmarks.quality.run import RESULTS, run_of
-from benchmarks.quality.study import QUESTIONS, SAMPLES, TUNING_SEED
+from benchmarks.quality.study import ACCURACY, QUESTIONS, SAMPLES, TUNING_SEED
 from moelora.metrics import seeds_interval
 
-MEASURES = {"decoder": "test loss, nats a token (lower is better)", "encoder": "test accuracy, % (higher is better)"}
+MEASURES = {
+    "decoder": "test loss, nats a token (lower is better)",
+    "encoder": "test accuracy, % (higher is better)",
+    "mixed": "test accuracy, % (higher is better)",
+}
 
 
 class Figure(NamedTuple):
@@ -58,7 +62,7 @@ class Table:
     def figure(self, method: str, metric: str, *, samples: int = 0, placement: str = "attention") -> Figure:
         """A metric of a method, over its seeds."""
         found = list(self.values.get((method, samples or SAMPLES[self.suite], placement, metric), {}).values())
-        scale, digits = (100, 1) if self.suite == "encoder" and metric == "test" else (1, 3)
+        scale, digits = (100, 1) if self.suite in ACCURACY and metric.startswith("test") else (1, 3)
         values_S = scale * torch.tensor(found, dtype=torch.float64)
         if not found:
             return Figure(float("nan"), 0.0, 0)
@@ -76,20 +80,28 @@ class Table:
         return [(position, self.figure(method, f"{start}{position}", placement=placement)) for position in positions]
 
 
-def lines_of(decoder: Table, encoder: Table) -> Iterable[str]:
+def lines_of(decoder: Table, encoder: Table, mixed: Table | None) -> Iterable[str]:
     """The page."""
+    # it reads tables and writes plots as this module does
+    from benchmarks.quality.report_mixed import mixture_table, skills_table
+
     yield "# Quality\n"
     yield (
         "Written by `python -m benchmarks.quality.report` from the CSV files beside it. What each method is and which "
-        "runs answer which question stands in `benchmarks/quality/study.py`; the protocol at the head of `decoder.py` "
-        "and `encoder.py` there. Means of three seeds with Student's 95 % intervals; every learning rate tuned over "
-        "three values on a seed of its own.\n"
+        "runs answer which question stands in `benchmarks/quality/study.py`; the protocol at the head of `decoder.py`, "
+        "`encoder.py` and `mixed.py` there. Means of three seeds with Student's 95 % intervals; every learning rate "
+        "tuned over three values on a seed of its own.\n"
     )
     yield "| suite | device | torch | revision | date |\n|---|---|---|---|---|"
-    for table in (decoder, encoder):
+    for table in (decoder, encoder, *([mixed] if mixed else [])):
         for about in sorted(table.about):
             yield f"| {table.suite} | {' | '.join(about)} |"
     for name, question in QUESTIONS.items():
+        if question.get("suites") == ("mixed",):
+            if mixed is not None:
+                yield f"\n## ({name}) {question['title']}\n"
+                yield from {"f-skills": skills_table, "f": mixture_table}[name](mixed)
+            continue
         yield f"\n## ({name}) {question['title']}\n"
         if name == "a":
             yield from samples_table(encoder, question["methods"])
@@ -104,6 +116,7 @@ def lines_of(decoder: Table, encoder: Table) -> Iterable[str]:
         ("Where tokens go when a text changes its domain", "switch"),
         ("Effective support during training", "support"),
         ("Router samples", "samples"),
+        ("Accuracy on unlike skills", "mixed"),
     ):
         if (RESULTS / f"{name}.png").exists():
             yield f"![{title}]({name}.png)\n"
@@ -219,14 +232,19 @@ def finish(axes: Axes, x: str, y: str, name: str) -> None:
 
 def main() -> None:
     """Write the page and its plots."""
+    from benchmarks.quality.report_mixed import plot_mixed
+
     decoder = Table("decoder")
     encoder = Table("encoder")
+    mixed = Table("mixed") if (RESULTS / "mixed.csv").exists() else None
+    if mixed is not None:
+        plot_mixed(mixed)
     plot_methods(decoder)
     plot_switch(decoder)
     plot_support(decoder)
     plot_samples(encoder)
     page = RESULTS / "README.md"
-    page.write_text("\n".join(lines_of(decoder, encoder)).rstrip("\n") + "\n", encoding="utf-8")
+    page.write_text("\n".join(lines_of(decoder, encoder, mixed)).rstrip("\n") + "\n", encoding="utf-8")
     print(page)
 
 

@@ -16,13 +16,16 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.quality.study import (
+    ACCURACY,
     METHODS,
     QUESTIONS,
     SAMPLES,
     SEEDS,
+    SKILLS,
     TUNING_SEED,
     Options,
     Run,
@@ -47,6 +50,9 @@ FIELDS = [
     "date",
 ]
 Setting = tuple[str, str, str]
+
+FEWEST = 3
+"""Skills that unlike ones are mixed from, at least: as many experts as LoRA-Mixer's method uses."""
 
 
 class Results:
@@ -85,13 +91,37 @@ class Results:
             if row["metric"] == "validation" and int(row["seed"]) == TUNING_SEED:
                 run = run_of(row)
                 # accuracies are stored as they are; a loss is better when it is lower
-                sign = -1.0 if run.suite == "encoder" else 1.0
-                found.setdefault(run.setting, {})[run.rate] = sign * float(row["value"])
+                sign = -1.0 if run.suite in ACCURACY else 1.0
+                # what is done again, since its adapters were gone, changes no rate that other runs were made at
+                found.setdefault(run.setting, {}).setdefault(run.rate, sign * float(row["value"]))
         return {
             setting: min(values, key=values.__getitem__)
             for setting, values in found.items()
             if set(values) >= set(METHODS[setting[1]].rates)
         }
+
+    def gains(self, skill: str, metric: str = "validation") -> list[float]:
+        """What a skill's adapter adds to the accuracy of a head on the frozen encoder, by seed."""
+        found: dict[tuple[str, int], float] = {}
+        for row in self.rows:
+            if row["metric"] == metric and row["method"] in (f"probe: {skill}", f"adapter: {skill}"):
+                # adapters that are trained again have no second say, since mixtures of the first may be measured
+                found.setdefault((row["method"], int(row["seed"])), float(row["value"]))
+        pairs = [(found.get((f"adapter: {skill}", seed)), found.get((f"probe: {skill}", seed))) for seed in SEEDS]
+        return [adapter - probe for adapter, probe in pairs if adapter is not None and probe is not None]
+
+    def kept_skills(self) -> dict[str, float]:
+        """The skills that adapters help on, as far as they are measured, and their adapters' learning rates.
+
+        An adapter helps if the mean of its gains on held-out training items is above twice its standard error: each
+        seed holds out others. The test split has no say.
+        """
+        best, kept = self.best_rates(), {}
+        for skill in SKILLS:
+            gains = self.gains(skill)
+            if len(gains) == len(SEEDS) and mean(gains) > 2 * stdev(gains) / len(gains) ** 0.5:
+                kept[skill] = best["mixed", f"adapter: {skill}", "attention"]
+        return kept
 
 
 def run_of(row: dict[str, str]) -> Run:
@@ -119,8 +149,11 @@ def phases(suite: str, questions: list[str], results: Results) -> Iterable[list[
         yield [adapters(TUNING_SEED, rate, placement) for placement in placements for rate in rates]
         best = {placement: results.best_rates()[suite, "adapters", placement] for placement in placements}
         yield [adapters(seed, best[placement], placement) for placement in placements for seed in (*SEEDS, TUNING_SEED)]
-    yield list(tuning_runs(suite, questions))
-    yield list(final_runs(suite, questions, results.best_rates()))
+    # whether a skill is mixed is known once its own adapter is done
+    parts = [[question] for question in ("f-skills", "f") if question in questions] if suite == "mixed" else [questions]
+    for part in parts:
+        yield list(tuning_runs(suite, part))
+        yield list(final_runs(suite, part, results.best_rates()))
 
 
 def work(suite: str, options: Any, runs: Any, answers: Any, rates: dict[str, float]) -> None:
@@ -137,6 +170,10 @@ def work(suite: str, options: Any, runs: Any, answers: Any, rates: dict[str, flo
         from benchmarks.quality.decoder import Decoder
 
         own = Decoder(where)
+    elif suite == "mixed":
+        from benchmarks.quality.mixed import Mixed
+
+        own = Mixed(where)
     else:
         from benchmarks.quality.encoder import Encoder
 
@@ -155,9 +192,11 @@ def work(suite: str, options: Any, runs: Any, answers: Any, rates: dict[str, flo
 
 def adapters_are_there(run: Run, options: Any) -> bool:
     """Whether the folders that this run wrote, if it wrote any, still lie in the cache."""
-    if run.method != "adapters" or (run.seed == TUNING_SEED and run.rate != options.best.get(run.placement)):
+    method = METHODS[run.method]
+    best = options.best.get(run.setting)
+    if method.kind not in ("adapters", "skill") or (run.seed == TUNING_SEED and run.rate != best):
         return True
-    return (options.cache / "adapters" / run.pool).is_dir()
+    return (options.cache / "adapters" / run.pool / method.options.get("skill", "")).is_dir()
 
 
 def about_here(device: str, revision: str) -> dict[str, str]:
@@ -176,11 +215,12 @@ def carry_out(todo: Sequence[Run], options: Any, results: Results, deadline: flo
     """All of these runs in worker processes; False if time was up or a run failed."""
     context = multiprocessing.get_context("spawn")
     runs, answers = context.Queue(), context.Queue()
-    rates = {
-        setting[2]: rate
-        for setting, rate in results.best_rates().items()
-        if setting[0] == options.suite and setting[1] == "adapters"
-    }
+    rates = results.kept_skills()
+    if options.suite != "mixed":
+        rates = {at[2]: rate for at, rate in results.best_rates().items() if at[:2] == (options.suite, "adapters")}
+    elif len(rates) < FEWEST and any(METHODS[run.method].kind not in ("skill", "probe") for run in todo):
+        print(f"adapters help on {list(rates)} alone; a mixture needs {FEWEST} skills", flush=True)
+        return False
     workers = [
         context.Process(target=work, args=(options.suite, options, runs, answers, rates), daemon=True)
         for _ in range(min(options.workers, len(todo)))
@@ -219,10 +259,10 @@ def carry_out(todo: Sequence[Run], options: Any, results: Results, deadline: flo
 def main() -> None:
     """Go through the phases, as far as time allows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.run", description=__doc__)
-    parser.add_argument("suite", choices=("decoder", "encoder"))
+    parser.add_argument("suite", choices=("decoder", "encoder", "mixed"))
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=list(QUESTIONS))
-    parser.add_argument("--model", default="", help="folder or id of the decoder; the encoder's comes in a package")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with the data sets, for the decoder")
+    parser.add_argument("--model", default="", help="folder of the model; encoders come in a package, too")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder with the data sets")
     parser.add_argument("--cache", type=Path, default=Path("quality_cache"), help="where adapters are kept")
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--device", default="cuda")
@@ -244,15 +284,13 @@ def main() -> None:
     about = about_here(options.device, revision)
     options.best = {}
     for runs in phases(options.suite, options.questions, results):
-        options.best = {
-            at[2]: rate for at, rate in results.best_rates().items() if at[:2] == (options.suite, "adapters")
-        }
+        options.best = results.best_rates()
         done = results.done()
         wanted = {run.key: run for run in runs}.values()
         # adapters are files, too, which may be gone
         todo = [run for run in wanted if run.key not in done or not adapters_are_there(run, options)]
-        # seed by seed, so that what is cut off is whole seeds
-        todo.sort(key=lambda run: run.seed)
+        # seed by seed, so that what is cut off is whole seeds; the longest first, so that no worker ends alone
+        todo.sort(key=lambda run: (run.seed, METHODS[run.method].kind not in ("joint", "single")))
         if todo and not carry_out(todo, options, results, deadline, about):
             raise SystemExit(1)
     print(f"complete: {results.path}")

@@ -14,12 +14,31 @@ SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 """Not one of the seeds that are reported."""
 
-SAMPLES = {"decoder": 4000, "encoder": 1200}
+SAMPLES = {"decoder": 4000, "encoder": 1200, "mixed": 4000}
 """Sequences that a router on frozen adapters learns from, where the question is another."""
+
+ACCURACY = ("encoder", "mixed")
+"""Suites whose validation figure is a share of right answers; the others' is a loss."""
+
+SKILLS = (
+    "clinc-banking",
+    "clinc-kitchen_and_dining",
+    "clinc-home",
+    "clinc-meta",
+    "banking77",
+    "boolq",
+    "pubmedqa",
+    "pubmedqa-conclusion",
+    "arc",
+    "openbookqa",
+)
+"""What "mixed" is made of, if its adapters help."""
 
 ADAPTER_RATES = (1e-3, 3e-3, 9e-3)
 ROUTER_RATES = (2e-3, 1e-2, 5e-2)
 """Learning rates that are tried: of low-rank factors, and of a router alone."""
+PROBE_STRENGTHS = (3.0, 30.0, 300.0)
+"""Tried in a rate's place for a head on the frozen encoder: C of its logistic regression."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +59,7 @@ class Method:
     Attributes:
         kind: "adapters" trains one adapter for each domain; "pool" mixes these, frozen; "joint" trains fresh experts
             and their router on all domains together; "single" one adapter on all domains; "peft" is PEFT's own mixture
-            of the same adapters.
+            of the same adapters; "skill" trains one skill's adapter and head, "probe" its head on the frozen encoder.
         router: name of the router's configuration and its options; empty where nothing is routed.
         losses: weights of the losses on the routings (`moelora.AuxLosses`).
         fixed: in place of a router: "base", "uniform", "random" or "oracle".
@@ -116,6 +135,7 @@ METHODS: dict[str, Method] = {
     "PEFT Arrow, top 2": Method(kind="peft", router="arrow", router_options={"top_k": 2}),
     "PEFT X-LoRA": Method(kind="peft", router="xlora", rates=ADAPTER_RATES),
     "supervised gate, top 2": _learned("pool", 2, "renormalized", {"load_balance": 0.0, "gate_cross_entropy": 1.0}),
+    "classifier per row": Method(kind="pool", router="classifier"),
     # losses on the routing, LoRA-Mixer's router stage
     **{
         f"router stage, {name}": _hard_soft("pool", 3, losses)
@@ -139,6 +159,9 @@ METHODS: dict[str, Method] = {
     "soft from the start": _hard_soft("joint", 2, sparse=1.0),
     "one LoRA of rank k r": Method(kind="single", rank_times="k", rates=ADAPTER_RATES),
     "one LoRA of rank E r": Method(kind="single", rank_times="E", rates=ADAPTER_RATES),
+    # one skill alone
+    **{f"probe: {skill}": Method(kind="probe", rates=PROBE_STRENGTHS, options={"skill": skill}) for skill in SKILLS},
+    **{f"adapter: {skill}": Method(kind="skill", rates=ADAPTER_RATES, options={"skill": skill}) for skill in SKILLS},
 }
 """All methods, by the name that tables call them."""
 
@@ -196,8 +219,33 @@ QUESTIONS: dict[str, dict[str, Any]] = {
         ],
         "placement": "all",
     },
+    "f-skills": {
+        "title": "Unlike skills on the encoder: where does an adapter help?",
+        "methods": [f"{kind}: {skill}" for skill in SKILLS for kind in ("probe", "adapter")],
+        "suites": ("mixed",),
+    },
+    "f": {
+        "title": "Unlike skills on the encoder: what does routing keep of them?",
+        "methods": [
+            "base",
+            "uniform average",
+            "random routing",
+            "oracle",
+            "Arrow, top 2",
+            "PHATGOOSE, top 2",
+            "softmax, top 2",
+            "renormalized, top 2",
+            "LoRA-Mixer, top 3",
+            "supervised gate, top 2",
+            "classifier per row",
+            "one LoRA of rank k r",
+            "one LoRA of rank E r",
+            "mixture, top 2",
+        ],
+        "suites": ("mixed",),
+    },
 }
-"""The questions, and what each compares."""
+"""The questions, and what each compares; those that name no suites are the decoder's and the first encoder's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +253,10 @@ class Run:
     """One training and its evaluation.
 
     Attributes:
-        suite: "decoder" or "encoder".
+        suite: "decoder", "encoder" (ten like domains) or "mixed" (unlike skills on the same encoder).
         method: a name in METHODS.
         seed: of data order and initial weights; `TUNING_SEED` for a run that only tunes.
-        rate: learning rate; 0 where nothing is trained.
+        rate: learning rate, or a probe's strength; 0 where nothing is trained.
         samples: how many sequences a router on frozen adapters learns from.
         placement: "attention" (q, k, v, o) or "all" (every linear of a block).
     """
@@ -241,9 +289,11 @@ def settings(suite: str, questions: list[str]) -> list[Run]:
     found: dict[str, Run] = {}
     for question in questions:
         asked = QUESTIONS[question]
+        if suite not in asked.get("suites", ("decoder", "encoder")):
+            continue
         for method in asked["methods"]:
-            # the encoder's adapters are there already, and its heads are no language model's for a gate to learn from
-            if suite == "encoder" and (METHODS[method].kind != "pool" or METHODS[method].router == "phatgoose"):
+            # the encoder's adapters are there already
+            if suite == "encoder" and METHODS[method].kind != "pool":
                 continue
             for samples in asked.get("samples", {}).get(suite, (SAMPLES[suite],)):
                 placement = asked.get("placement", "attention")

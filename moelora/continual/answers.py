@@ -124,6 +124,20 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], **more: Any) -> Any:
     return model(**{name: moved(values, device) for name, values in inputs.items()}, **more)
 
 
+def own_loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The loss that the model itself computes of the batch's labels, if it does; of a prompt without its logits."""
+    root, mixture = find_mixture(model)
+    inputs, more, labels = model_inputs(batch), {}, batch.get("labels")
+    # routers that decide by prompts read them off whole labels
+    if labels is not None and labels.ndim == 2 and _has_plain_loss(root) and not mixture.hooks.latches:
+        start = _answer_start(labels)
+        more = keeping(model, labels.shape[1] - start)
+        inputs["labels"] = labels[:, start:] if more else labels
+    output = run(model, inputs, **more)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) and not loss.ndim else None
+
+
 def moved(values: Tensor, device: torch.device) -> Tensor:
     """On the device, from pinned memory where that spares waiting for it."""
     if device.type == "cuda" and values.device.type == "cpu":
@@ -153,11 +167,23 @@ def _answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
         raise ValueError(
             f"a label for each token is for language models that predict the next one; this is a {type(root).__name__}"
         )
-    # a vocabulary is wide, and a prompt may be long
-    start = max(int((labels != IGNORED).any(0).int().argmax()) - 1, 0)
+    start = _answer_start(labels)
     positions = labels.shape[1] - start
     logits_BLV = run(model, without_labels(batch), **keeping(model, positions)).logits
     return logits_BLV[:, -positions:], start
+
+
+def _answer_start(labels_BL: Tensor) -> int:
+    """The position that predicts a batch's first labelled token: before it no logits are needed.
+
+    A vocabulary is wide, and a prompt may be long.
+    """
+    return max(int((labels_BL != IGNORED).any(0).int().argmax()) - 1, 0)
+
+
+def _has_plain_loss(root: nn.Module) -> bool:
+    """Whether a model's own loss compares its logits with the labels of as many positions, and nothing else."""
+    return predicts_next(root) and getattr(root, "loss_type", None) == "ForCausalLM"
 
 
 def _labels(batch: Mapping[str, Tensor]) -> Tensor:

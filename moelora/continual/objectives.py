@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moelora.continual.answers import answer_nll, choices, keeping, moved, run, without_labels
-from moelora.continual.examples import IGNORED, REFERENCE, Collate, Example, batches, model_inputs, row_of
+from moelora.continual.answers import answer_nll, choices, keeping, moved, own_loss_of, run, without_labels
+from moelora.continual.examples import IGNORED, REFERENCE, Collate, Example, batches, row_of
 from moelora.hooks import predicts_next
 from moelora.losses.options import option_uniform, random_own_option
 from moelora.losses.rmu import control_vector, rmu
@@ -59,9 +59,8 @@ class Supervised(Objective):
     """The model's own loss of the labels: for learning."""
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor], generator: torch.Generator) -> Float[Tensor, ""]:
-        output = run(model, model_inputs(batch))
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if not isinstance(loss, Tensor) or loss.ndim:
+        loss = own_loss_of(model, batch)
+        if loss is None:
             raise ValueError(
                 f"{type(find_mixture(model)[0]).__name__} returned no loss for a batch of {sorted(batch)}; expected "
                 "labels, and a model with a head that has a loss"

@@ -1,7 +1,9 @@
 """Training of one expert beside others that stay as they are. Begin with train_expert.
 
-moelora.set_trainable(model, routers=False, experts=["new"])
-losses = train_expert(model, "new", dataset, NPO(), collate=Collate(model), training=Training(epochs=5))
+    moelora.set_trainable(model, routers=False, experts=["new"])
+    losses = train_expert(model, "new", dataset, NPO(), collate=Collate(model), training=Training(epochs=5))
+
+`train_router` trains who chooses among experts that are in place.
 """
 
 import math
