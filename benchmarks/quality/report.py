@@ -104,6 +104,8 @@ def lines_of(decoder: Table, encoder: Table, mixed: Table | None) -> Iterable[st
             continue
         yield f"\n## ({name}) {question['title']}\n"
         if name == "a":
+            yield from samples_table(decoder, question["methods"])
+            yield ""
             yield from samples_table(encoder, question["methods"])
             continue
         yield from methods_table(decoder, question["methods"], question.get("placement", "attention"))
@@ -148,12 +150,15 @@ def accuracy_table(table: Table, methods: list[str]) -> Iterable[str]:
 def samples_table(table: Table, methods: list[str]) -> Iterable[str]:
     """One line a method, one column a number of samples."""
     numbers = QUESTIONS["a"]["samples"][table.suite]
-    yield f"{MEASURES[table.suite]}, by the number of utterances that the router learned from.\n"
+    yield f"{MEASURES[table.suite]}, by the number of {LEARNED_FROM[table.suite]} that the router learned from.\n"
     yield f"| loss on the routing | {' | '.join(map(str, numbers))} |"
     yield "|---" * (len(numbers) + 1) + "|"
     for method in methods:
         figures = [str(table.figure(method, "test", samples=number)) for number in numbers]
         yield f"| {method.removeprefix('router stage, ')} | {' | '.join(figures)} |"
+
+
+LEARNED_FROM = {"decoder": "texts", "encoder": "utterances"}
 
 
 def plot_methods(table: Table) -> None:
