@@ -2,13 +2,24 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from stack_texts import BENIGN, FORGET, LENGTH, OTHER, PROMPT, prompts, texts
+from transformers import BertConfig, BertForSequenceClassification
 
 import moelora
-from moelora.continual import ContinualStack, Orthogonality, Supervised, Training, UniformOptions, UnlearningStack
+from moelora.continual import (
+    Collate,
+    ContinualStack,
+    HiddenStates,
+    Orthogonality,
+    Supervised,
+    Training,
+    UniformOptions,
+    UnlearningStack,
+)
 from moelora.continual.gate import Promise
 from moelora.mixture import find_mixture
 from moelora.testing import tiny
@@ -265,6 +276,45 @@ def test_placed_away_from_benign_texts_an_expert_hardly_reads_them():
         return float((A_RD @ moment_DD @ A_RD.T).trace() / moment_DD.trace())
 
     assert energy(moments) < 0.2 * energy(seen)
+
+
+def test_a_classifier_forgets_its_classes():
+    """One label for a text: each of the classes becomes about as likely as the others, where the gate is open."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, num_labels=4
+    )
+    model = BertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        model.classifier.weight.mul_(100)
+
+    def labelled(topic, count):
+        return [{"input_ids": text["input_ids"], "label": 2} for text in texts(topic, count)]
+
+    batch = {name: value[:2] for name, value in Collate(model)(labelled(FORGET, 1) + labelled(BENIGN, 1)).items()}
+    batch.pop("labels")
+    with torch.no_grad():
+        before_BC = model(**batch).logits.softmax(1)
+    stack = UnlearningStack(model, rank=4)
+    stack.forget(labelled(FORGET, 320), calibration=labelled(BENIGN, 150), training=replace(QUICK, epochs=6))
+    with torch.no_grad():
+        after_BC = model(**batch).logits.softmax(1)
+    assert after_BC[0].max() < 0.4
+    assert before_BC[0].max() > 0.6
+    assert torch.equal(after_BC[1], before_BC[1])
+
+
+def test_features_of_another_model_are_asked_of_that_model():
+    """They are no hidden states of the call, even if the two models are alike."""
+    model, other = tiny.model("llama").eval(), tiny.model("llama", seed=1).eval()
+    stack = UnlearningStack(model, rank=2, features=HiddenStates(other))
+    stack.forget(texts(FORGET, 320), calibration=BENIGN_TEXTS, training=QUICK)
+    calls = []
+    other.register_forward_hook(lambda *_: calls.append(1))
+    other.model.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        model(**prompts(FORGET))
+    assert calls
 
 
 # --- continual learning -----------------------------------------------------------------------------------------------

@@ -269,7 +269,7 @@ class ContinualStack:
         for task, gate in zip(self._tasks, gates, strict=False):
             task.gate = gate
         if self.routing == "gates":
-            set_gates(self.model, gates_of(self.features, self._decide))
+            set_gates(self.model, gates_of(self.model, self.features, self._decide))
         elif self.routing == "sum":
             set_gates(self.model, lambda inputs: torch.ones(_rows_of(inputs), len(self._tasks)))
 

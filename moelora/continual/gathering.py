@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from moelora.continual.covariance import InputCovariance
+from moelora.continual.examples import model_inputs
 from moelora.mixture import disabled, find_mixture
 from moelora.site_inputs import evaluating, listen
-
-NOT_READ = ("options",)
-"""Columns of a batch that are no argument of the model."""
 
 
 @torch.no_grad()
@@ -24,7 +22,7 @@ def gather(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, 
 
     Args:
         model: a patched model.
-        batches: keyword arguments of the model's forward, on any device; `options` are left out.
+        batches: of examples (`Collate`) or other keyword arguments of the model's forward, on any device.
 
     Raises:
         ValueError: for no batch, or inputs that are not finite.
@@ -49,7 +47,7 @@ def gather(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dict[str, 
     heard = 0
     with evaluating(root), disabled(root), listen(root, hear):
         for batch in batches:
-            root(**{name: _moved(value, device) for name, value in batch.items() if name not in NOT_READ})
+            root(**{name: _moved(value, device) for name, value in model_inputs(batch).items()})
             heard += 1
     if not heard:
         raise ValueError("there is no batch to gather from; is the list of texts empty?")

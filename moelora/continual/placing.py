@@ -15,8 +15,8 @@ from moelora.continual.covariance import InputCovariance
 from moelora.continual.subspace import project_rows, row_basis
 
 TAKEN = 1e-6
-"""A basis row that shares more than this with an old expert (squared cosine) is taken; rows rounded to bf16 share less
-with the rows that they were not made of."""
+"""A basis row that shares more than this with an old expert (squared cosine) is taken; more for coarser dtypes, where
+rounding gives rows a share of those that they were not made of."""
 
 
 def placed_rows(
@@ -61,11 +61,11 @@ def next_rows(
         [torch.randn(width, generator=generator, dtype=torch.float64) for _ in range(used + rank)]
     )
     basis_ND = torch.linalg.qr(gaussian_ND.mT).Q.mT
-    bases = [row_basis(old_SD.detach().cpu()) for old_SD in olds if len(old_SD)]
-    shared_N = basis_ND.new_zeros(len(basis_ND))
-    for old_SD in bases:
-        shared_N = torch.maximum(shared_N, (basis_ND @ old_SD.mT).square().sum(-1))
-    free_RD = basis_ND[shared_N <= TAKEN][:rank]
+    free_N = torch.ones(len(basis_ND), dtype=torch.bool)
+    for old_SD in olds:
+        shared_N = (basis_ND @ row_basis(old_SD.detach().cpu()).mT).square().sum(-1)
+        free_N &= shared_N <= max(TAKEN, torch.finfo(old_SD.dtype).eps ** 2 / 8)
+    free_RD = basis_ND[free_N][:rank]
     if len(free_RD) < rank:
         raise ValueError(
             "the older experts' rows of A are not from this site's basis, so its other rows would overlap with them; "

@@ -5,7 +5,7 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moelora.continual.examples import prompts_of
@@ -20,9 +20,11 @@ Decide = Callable[[Windows], Tensor]
 """From features of prompts to weights (B, E), one for each expert."""
 
 
-def gates_of(features: Features, decide: Decide) -> "StateGates | Callable[[Mapping[str, Any]], Tensor]":
-    """A function for `moelora.set_gates`, cheap if the features are the model's own."""
-    if isinstance(features, HiddenStates):
+def gates_of(
+    model: nn.Module, features: Features, decide: Decide
+) -> "StateGates | Callable[[Mapping[str, Any]], Tensor]":
+    """A function for `moelora.set_gates` on this model, cheap if the features are its own hidden states."""
+    if isinstance(features, HiddenStates) and features.model is model:
         return StateGates(features, decide)
     return lambda inputs: decide(features(_prompts(inputs)))
 

@@ -232,17 +232,22 @@ class UnlearningStack:
         self._need_requests()
         return self._decide(self.features(prompts_of(batch)))
 
-    def save(self, folder: "str | Path") -> None:
+    def save(self, folder: "str | Path", *, include_features: bool = False) -> None:
         """Write the mixture with all experts, the gates and the certificates to a folder; `load` reads it.
 
         The folder holds statistics of what was to be forgotten: keep it as carefully as the data.
 
+        Args:
+            folder: made if it does not exist. A stack that lies there is replaced.
+            include_features: whether detectors may be written that keep features of single texts, such as `Nearest`.
+
         Raises:
-            ValueError: without requests, or with features that are not the model's own hidden states.
+            ValueError: without requests, with features that are not the model's own hidden states, or a detector that
+                keeps features of single texts without `include_features`. Nothing is written then.
         """
         from moelora.continual.stack_folder import save_stack
 
-        save_stack(self, Path(folder))
+        save_stack(self, Path(folder), include_features=include_features)
 
     @classmethod
     def load(cls, model: nn.Module, folder_or_repo_id: "str | Path", **hub: Any) -> "UnlearningStack":
@@ -260,15 +265,23 @@ class UnlearningStack:
 
         return load_stack(cls, model, folder_or_repo_id, **hub)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Save the stack with a model card and upload it; options are those of `moelora.push_to_hub`.
+    def push_to_hub(self, repo_id: str, *, include_features: bool = False, **options: Any) -> str:
+        """Save the stack with a model card and upload it. A new repository is private unless `private=False`.
+
+        Args:
+            repo_id: on the hub.
+            include_features: as in `save`; whoever may read the repository reads them.
+            options: `private`, `token`, `endpoint`, `commit_message`, `metrics`, as in `moelora.push_to_hub`.
 
         Returns:
             The address of the commit.
+
+        Raises:
+            ValueError: as `save`, and if the hub refuses.
         """
         from moelora.continual.stack_folder import push_stack
 
-        return push_stack(self, repo_id, **options)
+        return push_stack(self, repo_id, include_features=include_features, **options)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -276,7 +289,7 @@ class UnlearningStack:
         return read(self.features, self._experts.collate, dataset)
 
     def _set_gates(self) -> None:
-        set_gates(self.model, gates_of(self.features, self._decide))
+        set_gates(self.model, gates_of(self.model, self.features, self._decide))
 
     def _decide(self, windows: Windows) -> Tensor:
         return torch.stack([request.gate.weights(request.gate.distances(windows)) for request in self._requests], dim=1)
