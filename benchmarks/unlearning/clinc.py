@@ -104,7 +104,7 @@ class Roles(NamedTuple):
         asked: of each request: what it hands over.
         held_out: of each request: its test split.
         background: benign text that a detector may know.
-        calibration: benign text that gates are calibrated on.
+        calibration: benign text that gates are calibrated on, by where it is from: "retained", "outside", "banking".
         retained: the test split of the retained domains.
         banking, outside: test queries of Banking77, and all out-of-scope ones.
     """
@@ -112,10 +112,15 @@ class Roles(NamedTuple):
     asked: dict[str, Utterances]
     held_out: dict[str, Utterances]
     background: Utterances
-    calibration: Utterances
+    calibration: dict[str, Utterances]
     retained: Utterances
     banking: Utterances
     outside: Utterances
+
+    @property
+    def benign(self) -> Utterances:
+        """All that gates are calibrated on."""
+        return [utterance for part in self.calibration.values() for utterance in part]
 
 
 def read(clinc: Path, banking: Path) -> Corpus:
@@ -148,9 +153,11 @@ def draw(corpus: Corpus, *, seed: int, sizes: Sizes) -> Roles:
         background=by_intent(corpus.of("train", retained), sizes.background, seed)
         + outside["oos_train"]
         + banking[: sizes.banking_background],
-        calibration=by_intent(corpus.of("val", retained), sizes.calibration, seed)
-        + outside["oos_val"]
-        + banking[sizes.banking_background : end],
+        calibration={
+            "retained": by_intent(corpus.of("val", retained), sizes.calibration, seed),
+            "outside": outside["oos_val"],
+            "banking": banking[sizes.banking_background : end],
+        },
         retained=corpus.of("test", retained),
         # the file lists one intent after the other
         banking=test[:: max(1, len(test) // sizes.banking)][: sizes.banking],

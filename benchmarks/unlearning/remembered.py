@@ -26,11 +26,6 @@ LONGEST = 512
 Ids = tuple[int, ...]
 
 
-def tokens(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, with the marks that the encoder was trained with."""
-    return tokenizer(list(texts), truncation=True, max_length=LONGEST)["input_ids"]
-
-
 def padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """A batch of token ids; what stands under padding does not matter."""
     ids_BL = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -53,15 +48,29 @@ class Remembered:
     def __init__(self, states: HiddenStates, tokenizer: Any) -> None:
         self.states, self.tokenizer = states, tokenizer
         self._means: dict[Ids, Float[Tensor, "W S D"]] = {}
+        self._ids: dict[str, list[int]] = {}
 
-    def learn(self, rows: Sequence[Sequence[int]]) -> None:
-        """Compute what is not known yet, prompts of similar length together."""
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, with the marks that the encoder was trained with."""
+        unknown = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        if unknown:
+            found = self.tokenizer(unknown, truncation=True, max_length=LONGEST)["input_ids"]
+            self._ids |= dict(zip(unknown, found, strict=True))
+        return [self._ids[text] for text in texts]
+
+    def learn(self, rows: Sequence[Sequence[int]]) -> bool:
+        """Compute what is not known yet, prompts of similar length together.
+
+        Returns:
+            Whether there was any.
+        """
         unknown = sorted({tuple(row) for row in rows} - set(self._means), key=len)
         for start in range(0, len(unknown), BATCH):
             chunk = unknown[start : start + BATCH]
             windows = self.states.means(padded(chunk))
             counts = torch.bincount(windows.row_W, minlength=len(chunk)).tolist()
             self._means |= dict(zip(chunk, windows.features_WSD.cpu().split(counts), strict=True))
+        return bool(unknown)
 
     def windows(self, rows: Sequence[Sequence[int]]) -> Windows:
         """The means of all layers."""
@@ -76,10 +85,14 @@ class Remembered:
         Raises:
             ValueError: for one that is longer than a window.
         """
-        windows = self.windows(tokens(self.tokenizer, [utterance.text for utterance in utterances]))
+        windows = self.windows(self.tokens([utterance.text for utterance in utterances]))
         if len(windows.row_W) != len(utterances):
             raise ValueError("an utterance is longer than a window; expected short ones")
         return windows.features_WSD
+
+    def take_short(self, other: "Remembered") -> None:
+        """Take over the prompts that are one window here and there."""
+        self._means |= {row: means for row, means in other._means.items() if len(row) <= self.states.window}
 
     def save(self, path: Path) -> None:
         """Keep all that is known in a file."""
@@ -120,6 +133,10 @@ class View:
         """Features of a batch of prompts."""
         whole = batch["attention_mask"] != 0
         rows = [ids_L[kept_L].tolist() for ids_L, kept_L in zip(batch["input_ids"].cpu(), whole.cpu(), strict=True)]
+        return self.windows(rows)
+
+    def windows(self, rows: Sequence[Sequence[int]]) -> Windows:
+        """Features of prompts of any length, by their token ids."""
         windows = self.remembered.windows(rows)
         return windows._replace(features_WSD=self._seen(windows.features_WSD))
 

@@ -1,0 +1,1 @@
+"""What unlearning and continual learning do on real models and data. Begin with `__main__`."""
