@@ -16,7 +16,8 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moelora.kernels.factors import Factors, index_kernels, index_rows
+from moelora.kernels.factors import Factors, index_tensors
+from moelora.kernels.fused import PLAIN
 
 
 class Expert(NamedTuple):
@@ -64,17 +65,21 @@ class ExpertBank(nn.Module):
         scales: trained scale of each expert.
         trainable: which experts are parameters.
         shared: which experts are heads of the one A; all of these are parameters, or none.
+        layout: the same for two banks whose rows stand in the same places and belong to the same experts. It is text,
+            which compiled code compares at once: for tuples it looks at each number.
     """
 
     in_features: int
     out_features: int
     frozen_dtype: torch.dtype
     trainable_dtype: torch.dtype
+    layout: str
     scale_E: Tensor
     owner_R: Tensor
     rows_FP: Tensor
     fill_FP: Tensor
     owner_1R: Tensor
+    scale_1E: Tensor
     starts_1E: Tensor
     ranks_1E: Tensor
     A_frozen_RD: Tensor
@@ -100,7 +105,7 @@ class ExpertBank(nn.Module):
         for name in ("A_trainable_RD", "B_trainable_RO", "bias_trainable_EO"):
             self.register_parameter(name, None)
         self._known: Factors | None = None
-        self._known_of: tuple[Tensor, Tensor] | None = None
+        self._known_of: Tensor | None = None  # the frozen A that it was made from
         if not stacking:
             self._index()
 
@@ -194,17 +199,11 @@ class ExpertBank(nn.Module):
         """Which experts have rows at this site."""
         return tuple(rank > 0 for rank in self.ranks)
 
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """What two banks share whose rows stand in the same places and belong to the same experts."""
-        return self.ranks, self.scales, self.trainable
-
     def factors(self) -> Factors:
         """The stacked experts as the kernels read them."""
         # a frozen bank answers each decoded token alike; the check is for those who swap its buffers for others
-        known, source, buffers = self._known, self._known_of, self._buffers
-        if source is not None and source[0] is buffers["A_frozen_RD"] and source[1] is buffers["B_frozen_RO"]:
-            assert known is not None
+        known, buffers = self._known, self._buffers
+        if known is not None and self._known_of is buffers["A_frozen_RD"] and known.B_RO is buffers["B_frozen_RO"]:
             return known
         factors = Factors(
             self._all_A_RD(),
@@ -214,14 +213,14 @@ class ExpertBank(nn.Module):
             self.rows_FP,
             self.fill_FP,
             self._biases_EO(),
-            (self.owner_1R, self.scale_E[None], self.starts_1E, self.ranks_1E),
+            (self.owner_1R, self.scale_1E, self.starts_1E, self.ranks_1E),
             shared_A_PD=self._one_A_PD(),
         )
         if self.A_trainable_RD is None and factors.bias_EO is None:
             factors = self._known = factors._replace(
                 slices=tuple((A_RD.T, B_RO, scale) for A_RD, B_RO, scale, _ in self.split())
             )
-            self._known_of = self.A_frozen_RD, self.B_frozen_RO
+            self._known_of = self.A_frozen_RD
         return factors
 
     def extra_repr(self) -> str:
@@ -272,16 +271,15 @@ class ExpertBank(nn.Module):
         self._starts_of_A = self._index_A()
         self._known = self._known_of = None
         self._total_rank = sum(self.ranks)
+        self.layout = repr((self.ranks, self.scales, self.trainable))
 
         starts = tuple(
             start + (frozen_rows if kind else 0) for start, kind in zip(starts_of_kind, self.trainable, strict=True)
         )
-        device = self.A_frozen_RD.device
-        tensors = index_rows(starts, self.ranks, self.scales)
-        tensors += index_kernels(starts, self.ranks)
-        names = ("scale_E", "owner_R", "rows_FP", "fill_FP", "owner_1R", "starts_1E", "ranks_1E")
+        tensors = index_tensors(starts, self.ranks, self.scales, self.A_frozen_RD.device)
+        names = ("scale_E", "owner_R", "rows_FP", "fill_FP", "owner_1R", "scale_1E", "starts_1E", "ranks_1E")
         for name, tensor in zip(names, tensors, strict=True):
-            self.register_buffer(name, tensor.to(device), persistent=False)
+            self.register_buffer(name, tensor, persistent=False)
         order = [index for kind in (False, True) for index, is_kind in enumerate(self.trainable) if is_kind is kind]
         self._bias_order = tuple(order.index(index) for index in range(len(self.ranks)))
 
@@ -325,10 +323,10 @@ class ExpertBank(nn.Module):
         return torch.cat(parts)[list(self._bias_order)]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ExpertBank":
-        """`.to(dtype)` moves and casts the rows, but a scale stays exact: it is laid out anew in fp32."""
+        """`.to(...)` moves and casts the rows; the index is that of the new device, and its scales stay exact fp32."""
         super()._apply(fn, recurse)
         self.frozen_dtype, self._known, self._known_of = self.A_frozen_RD.dtype, None, None
-        if self.scale_E.dtype != torch.float32 and not self.scale_E.is_meta:
+        if type(self.A_frozen_RD) in PLAIN and not self.A_frozen_RD.is_meta:
             self._index()
         return self
 

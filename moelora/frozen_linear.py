@@ -5,7 +5,8 @@ from torch import nn
 
 from moelora.kernels.fused import PLAIN, Linear
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOKS = (*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
 
 
 def frozen_linear(base: nn.Module, dtype: torch.dtype) -> Linear | None:
@@ -14,7 +15,9 @@ def frozen_linear(base: nn.Module, dtype: torch.dtype) -> Linear | None:
     A subclass, a hook, a replaced forward or a tensor of a special kind (quantised, sharded) does something that only
     calling the module does.
     """
-    if type(base) is not nn.Linear or "forward" in base.__dict__ or any(base.__dict__[hooks] for hooks in HOOKS):
+    # each look is a check that compiled code makes at every call
+    hooks = HOOKS if torch.is_grad_enabled() else FORWARD_HOOKS
+    if type(base) is not nn.Linear or "forward" in base.__dict__ or any(base.__dict__[name] for name in hooks):
         return None
     for tensor in (base.weight, base.bias):
         if tensor is None:

@@ -9,22 +9,28 @@
     moelora.set_gates(model, gates)
 
 They are asked before a call of the model begins, once for a generation, and what they said is kept on the call's
-key-value cache. Keys and values of a token hold the experts that acted on it, so nothing is opened halfway.
+key-value cache. Keys and values of a token hold the experts that acted on it, so nothing is opened halfway. Gates that
+read the model's own hidden states may have them from the call itself (see `moelora/prefill.py`).
 """
 
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moelora.cache_state import remember
+from moelora.call_settings import Settings
 from moelora.classifying import cached_tokens, size_of, spread
 from moelora.hooks import CONVERSATIONS, INPUTS, TOKENS, read_frame
 from moelora.mixture import Mixture, disabled, find_mixture
+from moelora.prefill import Prefill, PrefillGates, Tap, cards, find_taps, prompt_of
 from moelora.routers.gated import Gated
 from moelora.tape import Tape, in_backward
 
@@ -47,6 +53,11 @@ def set_gates(model: nn.Module, gates: Any) -> None:
     a prompt too. Several new tokens behind a cache are a new turn, for which it is asked again, and sees these tokens
     alone: a gate that was open stays open, and one that would open wider is an error. An encoder's gates go on to its
     decoder. Without a cache each step is a call of its own, with the whole text, for which it is asked.
+
+    A function that is also a `moelora.prefill.PrefillGates` costs next to nothing where its gates stay closed: a call
+    that begins a conversation runs as the base model and tells it the means of its hidden states. If a gate opens, the
+    call is taken back and runs again. That is for text alone, no longer than its window, in evaluation without gradient
+    and without a recording; decoders and encoders. Everything else asks the function itself, before the call.
 
     Fixed mixtures (`moelora.use_experts`) and `moelora.disabled` come first. Neither a saved mixture nor a copy of the
     model holds the function, and a mixture without it does not run.
@@ -84,6 +95,7 @@ class Decision(NamedTuple):
     number: int
     names: tuple[str, ...]
     weights_BE: Tensor
+    closed: bool  # all of them; known here, since to look at a tensor's values waits for the device
 
 
 @final
@@ -96,8 +108,11 @@ class _Asked:
 
     def __init__(self, gates: Gates, root: nn.Module, mixture: Mixture) -> None:
         self.gates = gates
+        self.told = gates if isinstance(gates, PrefillGates) else None  # the same, if it can be told hidden states
         self.root, self.mixture = weakref.ref(root), weakref.ref(mixture)
         self.number = next(_NUMBERS)
+        self.taps: dict[tuple[int, ...], list[Tap] | None] = {}
+        self.prefill: Prefill | None = None  # of the running call, where it is watched
         self.running: Decision | None = None
         self.asking = False
         self.thread: int | None = None  # whose call is running
@@ -121,10 +136,10 @@ class _Asked:
         self.claim()
         while mixture.tape.depth:
             mixture.tape.end()
-        self.running, self.thread = None, None
+        self.forget()
 
-    def begin(self, values: Mapping[str, Any]) -> Float[Tensor, "B E"] | None:
-        """The weights of a call with these arguments; None if it has begun already, or nobody will look at them."""
+    def begin(self, values: Mapping[str, Any]) -> Settings | None:
+        """What a call with these arguments has to do; None if it has begun already, or nobody looks at gates in it."""
         mixture, root = self.mixture(), self.root()
         if mixture is None or root is None or in_backward():
             return None
@@ -148,26 +163,68 @@ class _Asked:
         goes_on = bool(caches) and cached_tokens(caches[0]) != 0
         before = caches[0] if goes_on else encoded
         names = tuple(mixture.names)
-        if before is None:
-            weights_BE = self.ask(root, values, mixture, rows)
-        else:
-            weights_BE = spread(self.kept_on(before, names), rows, 0)
+        if before is not None:
+            kept = self.kept_on(before, names)
+            weights_BE = spread(kept.weights_BE, rows, 0)
             if goes_on and encoded is None and (length or 1) > 1:
-                refuse_opening(self.ask(root, values, mixture, rows), weights_BE, names)
+                refuse_opening(self.ask(root, shown(values, tape), mixture, rows), weights_BE, names)
+            return self.settle(kept._replace(weights_BE=weights_BE), caches, tape)
 
-        self.running = Decision(self.number, names, weights_BE)
-        keep(caches, self.running)
-        return weights_BE
+        # one that begins is watched, or the gates are asked before it
+        seen = shown(values, tape)
+        self.prefill = self.watched(root, values, seen, tape, caches)
+        if self.prefill is not None:
+            keep(caches, None)
+            return replace(settings, disabled=True)
+        weights_BE = self.ask(root, seen, mixture, rows)
+        return self.settle(Decision(self.number, names, weights_BE, not bool(weights_BE.any())), caches, tape)
+
+    def decide(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A stack has run that was watched, or was not; what it returns instead, if a gate opens now."""
+        prefill, self.prefill = self.prefill, None
+        mixture, root = self.mixture(), self.root()
+        if prefill is None or mixture is None or root is None:
+            return None
+        tape, frame, caches = mixture.tape, mixture.tape.frame, [state.cache for state in prefill.caches]
+        assert frame is not None
+        tape.end()
+        try:
+            weights_BE = self.weigh(root, prefill, mixture)
+            decision = Decision(self.number, tuple(mixture.names), weights_BE, not bool(weights_BE.any()))
+        except BaseException:
+            prefill.take_back()
+            raise
+
+        # closed: it is the answer; open: once more, from the start
+        if not decision.closed:
+            prefill.take_back()
+        tape.begin(frame, settings=self.settle(decision, caches, tape))
+        return None if decision.closed else stack.forward(*args, **kwargs)
+
+    def settle(self, decision: Decision, caches: Iterable[Any], tape: Tape) -> Settings:
+        """The running call's gates are known: what it has to do."""
+        self.running = decision
+        keep(caches, decision)
+        # nobody is added where all are closed; but training needs a graph, and who records wants to see them closed
+        idle = decision.closed and not tape.recordings and not torch.is_grad_enabled()
+        return replace(tape.settings, disabled=True) if idle else replace(tape.settings, gates_BE=decision.weights_BE)
 
     def end(self, output: Any) -> None:
         """A call is over, or failed, and what it hands on knows its gates."""
         if self.asking or in_backward():
             return
-        decision, self.running, self.thread = self.running, None, None
+        decision = self.running
+        self.forget()
         if decision is not None and output is not None:
             parts = output if isinstance(output, tuple) else [getattr(output, name, None) for name in CONVERSATIONS]
             caches = [part for part in parts if part is not None and not isinstance(part, Tensor | tuple)]
             keep(caches or [output], decision)
+
+    def forget(self) -> None:
+        """No call is running."""
+        if self.prefill is not None:
+            self.prefill.close()
+        self.prefill = self.running = self.thread = None
 
     def is_ours(self) -> bool:
         """Whether a call that ends on this thread is the one that has begun, and none that was refused."""
@@ -189,22 +246,58 @@ class _Asked:
 
     # --- what the gates say ---------------------------------------------------------------------------------------
 
-    def ask(
-        self, root: nn.Module, values: Mapping[str, Any], mixture: Mixture, rows: int | None
-    ) -> Float[Tensor, "B E"]:
-        """The gates' answer, checked, where the call's tensors are."""
-        devices = {parameter.device for layer in mixture.layers.values() for parameter in layer.parameters()}
-        cards = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+    @contextmanager
+    def aside(self, root: nn.Module) -> Iterator[None]:
+        """The gates are at work: the model is its base model for them, and the call does not notice."""
         self.asking = True
         try:
-            with torch.random.fork_rng(devices=cards), torch.no_grad(), disabled(root):
-                answer = self.gates(shown(values, mixture.tape))
+            with torch.random.fork_rng(devices=cards()), torch.no_grad(), disabled(root):
+                yield
         finally:
             self.asking = False
-        name = next((name for name in INPUTS if isinstance(values.get(name), Tensor)), None)
-        return checked(answer, rows, len(mixture.names), None if name is None else values[name].device)
 
-    def kept_on(self, owner: Any, names: tuple[str, ...]) -> Float[Tensor, "B E"]:
+    def ask(self, root: nn.Module, seen: Mapping[str, Any], mixture: Mixture, rows: int | None) -> Float[Tensor, "B E"]:
+        """The gates' answer to a call's arguments, checked, where its tensors are."""
+        with self.aside(root):
+            answer = self.gates(seen)
+        name = next((name for name in INPUTS if isinstance(seen.get(name), Tensor)), None)
+        return checked(answer, rows, len(mixture.names), None if name is None else seen[name].device)
+
+    def weigh(self, root: nn.Module, prefill: Prefill, mixture: Mixture) -> Float[Tensor, "B E"]:
+        """The same, from what was seen of the call."""
+        ids_BL, means_BSD = prefill.prompt.ids_BL, prefill.means()
+        if means_BSD is None:
+            self.taps = dict.fromkeys(self.taps)
+            return self.ask(root, prefill.seen, mixture, len(ids_BL))
+        assert self.told is not None
+        with self.aside(root):
+            answer = self.told.of_means(means_BSD)
+        return checked(answer, len(ids_BL), len(mixture.names), ids_BL.device)
+
+    def watched(
+        self, root: nn.Module, values: Mapping[str, Any], seen: Mapping[str, Any], tape: Tape, caches: Iterable[Any]
+    ) -> Prefill | None:
+        """A call that begins, if the gates can be told its hidden states, and it can be taken back."""
+        gates, config = self.told, getattr(root, "config", None)
+        if gates is None or torch.is_grad_enabled() or root.training or tape.recordings:
+            return None
+        states = [remember(cache) for cache in caches]
+        known = [state for state in states if state is not None]
+        if len(known) < len(states) or getattr(config, "is_encoder_decoder", False):
+            return None
+        prompt = prompt_of(values, seen.get("attention_mask"), gates.window)
+        if prompt is None:
+            return None
+
+        # where the hidden states come from is looked up once
+        layers = tuple(gates.layers)
+        if layers not in self.taps:
+            with self.aside(root):
+                self.taps[layers] = find_taps(root, layers, prompt.beginning)
+        taps = self.taps[layers]
+        return None if taps is None else Prefill(taps, prompt, seen, known)
+
+    def kept_on(self, owner: Any, names: tuple[str, ...]) -> Decision:
         """What these gates have said when the call began that `owner` comes from."""
         decision: Decision | None = getattr(owner, ATTRIBUTE, None)
         if decision is None or decision.number != self.number:
@@ -217,7 +310,7 @@ class _Asked:
                 f"this call goes on from one with the experts {list(decision.names)}, and now there are {list(names)}; "
                 "start a new call with the whole conversation and no cache"
             )
-        return decision.weights_BE
+        return decision
 
 
 def shown(values: Mapping[str, Any], tape: Tape) -> dict[str, Any]:
@@ -273,7 +366,7 @@ def refuse_opening(asked_BE: Tensor, kept_BE: Tensor, names: tuple[str, ...]) ->
         )
 
 
-def keep(owners: Iterable[Any], decision: Decision) -> None:
+def keep(owners: Iterable[Any], decision: Decision | None) -> None:
     """Leave a decision on the objects that a later call may come with; a deep copy takes it along."""
     for owner in owners:
         try:

@@ -43,6 +43,8 @@ class StackHooks:
         self.names = argument_names(type(stack))
         return [
             stack.register_forward_pre_hook(self.begin, with_kwargs=True),
+            # before all hooks of others, which see what the call returns in the end
+            stack.register_forward_hook(self.decide, with_kwargs=True, prepend=True),
             stack.register_forward_hook(self.end, always_call=True),
         ]
 
@@ -55,11 +57,16 @@ class StackHooks:
         values = dict(zip(self.names, args, strict=False)) | kwargs
         if given is None and self.tape.depth == 0 and self.tape.classifier is not None:
             given = self.tape.classifier.begin(values)
-        gates_BE = None if self.tape.gates is None else self.tape.gates.begin(values)
+        settings = None if self.tape.gates is None else self.tape.gates.begin(values)
         wanted = given or self.tape.settings.given
         # only ids of tokens depend on it, and a cache of states alone, Mamba's, does not count
         start = cached_length(values) if self.tape.depth == 0 and wanted and wanted.ids.ndim > 1 else 0
-        self.tape.begin(read_frame(values, self.tape), start=start, given=given, gates_BE=gates_BE)
+        self.tape.begin(read_frame(values, self.tape), start=start, given=given, settings=settings)
+
+    def decide(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """A stack has run; gates that watched it may open now, and have it run again: the output then."""
+        gates = self.tape.gates
+        return None if gates is None or self.tape.depth != 1 else gates.decide(stack, args, kwargs)
 
     def end(self, stack: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """A stack ends, or failed."""
@@ -98,13 +105,8 @@ class RootHooks(StackHooks):
         self.settled = False  # the biases have moved for the last call
 
     def attach(self, stack: nn.Module) -> list[Any]:
-        # looked up once: torch.compile traces no signature, and FSDP changes the class
-        self.names = argument_names(type(stack))
-        return [
-            stack.register_forward_pre_hook(self.begin, with_kwargs=True),
-            stack.register_forward_hook(self.finish, with_kwargs=True),
-            stack.register_forward_hook(self.end, always_call=True),
-        ]
+        # before `end`, which closes the call
+        return [stack.register_forward_hook(self.finish, with_kwargs=True), *super().attach(stack)]
 
     def begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.tape.gates is not None:
@@ -226,7 +228,8 @@ class RootHooks(StackHooks):
             return
         self.settled = True
         done: set[int] = set()
-        for site, router in self.balanced().items():
+        # without records no site needs a look, which compiled code would repeat for each of them at every call
+        for site, router in self.balanced().items() if self.tape.records else ():
             for record in distinct({site: self.tape.records.get(site, [])}):
                 if id(router) not in done:
                     chosen = record.routing._replace(weights_TK=torch.ones_like(record.routing.weights_TK))

@@ -135,7 +135,7 @@ class MoELoRALinear(nn.Module):
         )
         if routing is None and self.shared_router:
             self.tape.share(id(self.router), x, made)
-        return mixed_TO.view(*x.shape[:-1], self.out_features), made, repeated
+        return mixed_TO.view(*x.shape[:-1], mixed_TO.shape[-1]), made, repeated
 
     def _mix_together(self, x: Tensor, x_TD: Tensor, them: Together, dropout: float) -> tuple[Tensor, Routing, bool]:
         """The same of all layers that read this input; what is another's is handed on to it."""
@@ -143,7 +143,7 @@ class MoELoRALinear(nn.Module):
         outputs, routings = mix_fused(x_TD, them.linears, banks, them.gates, every_token=True, dropout=dropout)
         shared = len(routings) == 1
         made = [
-            (output.view(*x.shape[:-1], layer.out_features), routing, shared and layer is not self)
+            (output.view(*x.shape[:-1], output.shape[-1]), routing, shared and layer is not self)
             for layer, output, routing in zip(
                 them.layers, outputs, routings * (len(outputs) if shared else 1), strict=True
             )

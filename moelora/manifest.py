@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         major, minor = (int(part) for part in values["schema_version"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise _malformed(folder, error) from error
     if major > SCHEMA_VERSION[0]:
         raise ValueError(
@@ -87,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         return _manifest(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _malformed(folder, error) from error
 
 

@@ -296,7 +296,9 @@ def fixed_mixture(mixture: Mixture, rows: Sequence[RowMixture], repeats: int = 1
     for number, row in enumerate(parsed):
         for slot, (expert, weight) in enumerate(row):
             experts_NK[number, slot], weights_NK[number, slot] = expert, weight
-    return FixedMixture(experts_NK=experts_NK, weights_NK=weights_NK, repeats=repeats)
+    # where the layers are: each would copy them for itself otherwise, and wait for the device
+    device = next((layer.bank.A_frozen_RD.device for layer in mixture.layers.values()), torch.device("cpu"))
+    return FixedMixture(experts_NK=experts_NK.to(device), weights_NK=weights_NK.to(device), repeats=repeats)
 
 
 def _index(name: str, names: Sequence[str], what: str) -> int:

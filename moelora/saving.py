@@ -68,7 +68,7 @@ def load(
     """
     refuse_patched(model)
     hub = {"token": token, "endpoint": endpoint, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    folder, from_hub = _locate(folder_or_repo_id, revision, hub)
+    folder, from_hub = locate_mixture(folder_or_repo_id, revision, hub)
     manifest = read_manifest(folder)
     tensors = read_tensors(folder)
     restored = [_name_in_base(key.removeprefix("base/"), manifest) for key in tensors if key.startswith("base/")]
@@ -132,7 +132,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_mixture(root, mixture, folder, include_experts=include_experts, reloadable=["hub"])
-        (folder / "README.md").write_text(_card(folder, repo_id, metrics), encoding="utf-8")
+        (folder / "README.md").write_text(mixture_card(folder, repo_id, metrics), encoding="utf-8")
         pushed = upload_folder(
             folder, repo_id, token=token, endpoint=endpoint, private=private, commit_message=commit_message
         )
@@ -172,8 +172,12 @@ def export_adapter(model: nn.Module, folder: "str | Path", *, weights: "str | Ma
     )
 
 
-def _locate(place: "str | Path", revision: str | None, hub: dict[str, Any]) -> tuple[Path, bool]:
-    """The local folder of a mixture, as it is or downloaded, and whether it was downloaded."""
+def locate_mixture(place: "str | Path", revision: str | None, hub: dict[str, Any]) -> tuple[Path, bool]:
+    """The local folder of a mixture, as it is or downloaded, and whether it was downloaded.
+
+    Raises:
+        ValueError: if it is not there, or the hub does not give it.
+    """
     folder = Path(place).expanduser()
     if folder.is_dir():
         return folder, False
@@ -264,7 +268,14 @@ AUTO_CLASSES = {
 """The transformers class that loads a base, by the ending of its own class name; "AutoModel" for any other."""
 
 
-def _card(folder: Path, repo_id: str, metrics: "Mapping[str, Any] | None") -> str:
+def mixture_card(
+    folder: Path,
+    repo_id: str,
+    metrics: "Mapping[str, Any] | None",
+    *,
+    about: "Mapping[str, Any] | None" = None,
+) -> str:
+    """README.md for a saved mixture; `about` says more of it, or other things, by the keys of `model_card`."""
     manifest = read_manifest(folder)
     base_class = str(manifest.base_model.get("class"))
     experts = [
@@ -289,5 +300,6 @@ def _card(folder: Path, repo_id: str, metrics: "Mapping[str, Any] | None") -> st
             "experts": experts,
             "package_version": moelora.__version__,
             "metrics": metrics,
+            **(about or {}),
         }
     )

@@ -45,12 +45,14 @@ class Siblings:
             return None
         for layer in layers:
             linear, gate = frozen_linear(layer.base, dtype), layer.router.linear_gate()
-            if linear is None or gate is None or layer.router.num_experts != len(layer.bank):
+            if linear is None or gate is None:
                 return None
-            settings = (layer.backend, layer.dropout, layer.training, layer.shared_router)
+            settings = (layer.backend, layer.dropout, layer.training, layer.shared_router, layer.router.num_experts)
             kinds.append((layer.bank.layout, *settings, linear.bias_O is None, *gate[1:]))
             linears.append(linear)
             gates.append(gate)
+        if layers[0].router.num_experts != len(layers[0].bank):
+            return None
         one_router = all(layer.router is layers[0].router for layer in layers)
         if any(kind != kinds[0] for kind in kinds) or layers[0].shared_router != one_router:
             return None

@@ -104,7 +104,7 @@ class Tape:
     # --- the call -------------------------------------------------------------------------------------------------
 
     def begin(
-        self, frame: Frame, *, start: int = 0, given: GivenIds | None = None, gates_BE: Tensor | None = None
+        self, frame: Frame, *, start: int = 0, given: GivenIds | None = None, settings: Settings | None = None
     ) -> None:
         """A stack begins. The outermost one opens a new call, unless it is run again during backward.
 
@@ -112,12 +112,12 @@ class Tape:
             frame: what the stack was called with.
             start: tokens that the cache holds already.
             given: ids that came with the call itself, in place of those in `settings`.
-            gates_BE: weights of the call's rows, where gates have been asked.
+            settings: what the call has to do, where that is for gates to say, in place of the tape's settings.
         """
         if not self._frames and not in_backward():
-            self._call = self.settings if given is None else replace(self.settings, given=given)
-            if gates_BE is not None:
-                self._call = replace(self._call, gates_BE=gates_BE)
+            self._call = self.settings if settings is None else settings
+            if given is not None:
+                self._call = replace(self._call, given=given)
             self._start = start
             self._prompt_BL = self._turn = None
             if not torch.compiler.is_compiling():

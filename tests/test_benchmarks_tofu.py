@@ -85,10 +85,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     texts = [*WORDS, "q", "r", "Question", "Answer", ":", *map(str, range(300))]
     vocabulary = {word: number for number, word in enumerate(["<bos>", "<eos>", "<pad>", "<unk>", *texts])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue] - a property in Rust
-    words.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-        single="<bos> $A", special_tokens=[("<bos>", 0)]
-    )
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
@@ -316,9 +314,10 @@ def test_forgetting_is_likeness_to_a_model_that_never_saw():
 def test_utility_takes_probability_among_options_of_facts():
     """Nine scores, and their harmonic mean: facts' probability is the truth's share of all options."""
     questions = [question_of(1)]
-    sets = dict.fromkeys(("retain set", "real authors", "world facts"), questions)
+    names = ["retain set", "real authors", "world facts"]
+    sets: dict[str, list[Question]] = dict.fromkeys(names, questions)
     said = measured_of([questions[0].answer])
-    figures = utility(sets, dict.fromkeys(sets, said))
+    figures = utility(sets, dict.fromkeys(names, said))
     share = math.exp(-0.5) / (math.exp(-0.5) + 5 * math.exp(-2.0))
     ratio = 1 - math.exp(0.5 - 2.0)
     assert figures["retain set: probability"] == pytest.approx(math.exp(-0.5))

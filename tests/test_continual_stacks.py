@@ -21,6 +21,7 @@ from moelora.continual import (
     UnlearningStack,
 )
 from moelora.continual.gate import Promise
+from moelora.continual.gathering import gather
 from moelora.mixture import find_mixture
 from moelora.testing import tiny
 
@@ -267,8 +268,8 @@ def test_placed_away_from_benign_texts_an_expert_hardly_reads_them():
     stack.forget(texts(FORGET, 320), calibration=BENIGN_TEXTS, training=QUICK, avoid=texts(BENIGN, 50))
     _, mixture = find_mixture(model)
     bank = mixture.layers["model.layers.0.self_attn.q_proj"].bank
-    moments = moelora.continual.gathering.gather(model, [prompts(BENIGN, BENIGN), prompts(FORGET, FORGET)][:1])
-    seen = moelora.continual.gathering.gather(model, [prompts(FORGET, FORGET)])
+    moments = gather(model, [prompts(BENIGN, BENIGN), prompts(FORGET, FORGET)][:1])
+    seen = gather(model, [prompts(FORGET, FORGET)])
     A_RD = bank.expert(0).A_RD.double()
 
     def energy(of):
@@ -282,7 +283,12 @@ def test_a_classifier_forgets_its_classes():
     """One label for a text: each of the classes becomes about as likely as the others, where the gate is open."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, num_labels=4
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        num_labels=4,  # pyright: ignore[reportCallIssue]
     )
     model = BertForSequenceClassification(config).eval()
     with torch.no_grad():

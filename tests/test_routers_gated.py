@@ -1,11 +1,25 @@
 """Gates open and close experts: once for a generation, by the byte where closed, for one thread at a time."""
 
 import copy
-import hashlib
 import threading
 
 import pytest
 import torch
+from gated_mixtures import (
+    BOTH,
+    CLOSED,
+    FIRST,
+    Say,
+    base_state,
+    bits,
+    call,
+    digest,
+    fixed,
+    patched,
+    stop,
+    tensors,
+    whole_state,
+)
 from generating import PLAIN, cache_name, encoder_inputs, left_padded, prompt
 
 import moelora
@@ -16,78 +30,11 @@ from moelora.tape import Tape
 from moelora.testing import tiny
 from moelora.testing.router_contract import router_contract
 
-CLOSED, FIRST, BOTH = [0.0, 0.0], [1.0, 0.0], [1.0, 0.5]
-
-
-def patched(family="llama", base=None, *, combine="sum", fill=None):
-    """A tiny mixture of two random experts, or of experts full of one number, behind gates that are still to come."""
-    config = MoELoRAConfig(router=Gated(combine=combine))
-    model = moelora.patch_model(base or tiny.model(family), num_experts=2, rank=2, config=config).eval()
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if ".bank." in name:
-            parameter.data.normal_(0, 0.2, generator=generator)
-            if fill is not None:
-                parameter.data.fill_(fill)
-    return model
-
 
 @pytest.fixture(scope="module")
 def model():
     """A mixture whose gates each test sets."""
     return patched()
-
-
-class Say:
-    """Gates that say the same for every row, or a row each, and remember what they were shown."""
-
-    def __init__(self, *rows):
-        self.rows, self.seen = rows, []
-
-    def __call__(self, inputs):
-        self.seen.append(inputs)
-        names = ("input_features", "input_ids", "decoder_input_ids")
-        count = len(next(inputs[name] for name in names if inputs.get(name) is not None))
-        return torch.tensor(self.rows).repeat_interleave(count // len(self.rows), 0)
-
-
-def call(model, gates=None, **inputs):
-    """What a prompt is answered with, cache and hidden states included."""
-    if gates is not None:
-        moelora.set_gates(model, gates)
-    with torch.no_grad():
-        return model(**({"input_ids": prompt(3)} | inputs), use_cache=True, output_hidden_states=True)
-
-
-def tensors(output):
-    """Logits, hidden states, keys and values: (B, ...) each."""
-    layers = output.past_key_values.layers
-    return [output.logits, *output.hidden_states, *(part for layer in layers for part in (layer.keys, layer.values))]
-
-
-def fixed(model, rows, **inputs):
-    """The same by a fixed mixture."""
-    with moelora.use_experts(model, [dict(zip(("expert0", "expert1"), row, strict=True)) for row in rows]):
-        return call(model, **inputs)
-
-
-def bits(tensor):
-    """A tensor's bytes, in which -0.0 is not 0.0."""
-    return tensor.contiguous().view(torch.uint8)
-
-
-def digest(state):
-    """SHA-256 of named tensors."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        found.update(name.encode() + bits(tensor.detach().reshape(-1)).numpy().tobytes())
-    return found.hexdigest()
-
-
-def base_state(model):
-    """Everything that the model has besides experts and routers."""
-    own = (".bank.", ".router.")
-    return {name: value for name, value in model.state_dict().items() if not any(part in name for part in own)}
 
 
 # --- the router -------------------------------------------------------------------------------------------------------
@@ -149,7 +96,7 @@ def test_the_base_is_never_written(tmp_path):
     base = tiny.model("llama", tie_word_embeddings=True)
     config = base.config.to_dict()
     model = patched(base=base)
-    before, whole = digest(base_state(model)), digest(model.state_dict())
+    before, whole = digest(base_state(model)), digest(whole_state(model))
     answers = [call(model, Say(row)).logits for row in (CLOSED, BOTH)]
     for step in range(1000):
         moelora.set_gates(model, Say(BOTH if step % 2 else CLOSED))
@@ -165,7 +112,7 @@ def test_the_base_is_never_written(tmp_path):
         moelora.merge(model)
     moelora.save(model, tmp_path)
 
-    assert digest(model.state_dict()) == whole
+    assert digest(whole_state(model)) == whole
     assert digest(base_state(model)) == before
     assert model.config.to_dict() == config
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -174,15 +121,6 @@ def test_the_base_is_never_written(tmp_path):
         call(loaded)
     assert torch.equal(call(loaded, Say(BOTH)).logits, answers[1])
     assert digest(base_state(loaded)) == before
-
-
-def stop(error):
-    """A hook that raises."""
-
-    def raise_it(*_):
-        raise error
-
-    return raise_it
 
 
 @pytest.mark.parametrize("sampled", [False, True])

@@ -1,9 +1,9 @@
 """The parts of the benchmark.
 
-    python -m benchmarks.unlearning encoder --model FOLDER --clinc FOLDER --banking FOLDER
-    python -m benchmarks.unlearning tofu --help
-    python -m benchmarks.unlearning learning --help
-    python -m benchmarks.unlearning report
+python -m benchmarks.unlearning encoder --model FOLDER --clinc FOLDER --banking FOLDER
+python -m benchmarks.unlearning tofu --help
+python -m benchmarks.unlearning learning --help
+python -m benchmarks.unlearning report
 """
 
 import sys

@@ -29,7 +29,7 @@ class IntentClassifier(BertPreTrainedModel):
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
         self.bert = BertModel(config, add_pooling_layer=False)
-        self.head = nn.Linear(config.hidden_size, config.num_labels)
+        self.head = nn.Linear(config.hidden_size, int(config.num_labels or 0))
         self.post_init()
 
     def forward(

@@ -75,8 +75,9 @@ class Sizes:
     """How many utterances each role gets; of domains, of each intent.
 
     Attributes:
-        asked: of a request, to unlearn; its gate is fitted and calibrated on them.
+        asked: of a request, to unlearn; its gate is fitted to them.
         measured: of these, on which S.U. is measured.
+        held: of a request's training split, the others: its miss rate is certified on them.
         held_out: of a request's test split, on which D.U. is measured; gates are tested on all of it.
         background, calibration: of the retained domains.
         retained: of the retained domains' test split, on which accuracy is measured; gates are tested on all of it.
@@ -86,15 +87,16 @@ class Sizes:
     """
 
     asked: int = 60
-    measured: int = 10
-    held_out: int = 20
+    measured: int = 6
+    held: int = 40
+    held_out: int = 14
     background: int = 10
     calibration: int = 20
-    retained: int = 10
+    retained: int = 7
     banking_background: int = 300
     banking_calibration: int = 200
     banking: int = 1000
-    far: int = 200
+    far: int = 150
 
 
 class Roles(NamedTuple):
@@ -102,6 +104,7 @@ class Roles(NamedTuple):
 
     Attributes:
         asked: of each request: what it hands over.
+        held: of each request: what it holds out, to certify a miss rate on.
         held_out: of each request: its test split.
         background: benign text that a detector may know.
         calibration: benign text that gates are calibrated on, by where it is from: "retained", "outside", "banking".
@@ -110,6 +113,7 @@ class Roles(NamedTuple):
     """
 
     asked: dict[str, Utterances]
+    held: dict[str, Utterances]
     held_out: dict[str, Utterances]
     background: Utterances
     calibration: dict[str, Utterances]
@@ -147,8 +151,11 @@ def draw(corpus: Corpus, *, seed: int, sizes: Sizes) -> Roles:
     outside, banking = corpus.splits, sample(corpus.splits["banking_train"], len(corpus.splits["banking_train"]), seed)
     end = sizes.banking_background + sizes.banking_calibration
     test = corpus.splits["banking_test"]
+    asked = {domain: by_intent(corpus.of("train", [domain]), sizes.asked, seed) for domain in REQUESTS}
+    handed = {domain: by_intent(corpus.of("train", [domain]), sizes.asked + sizes.held, seed) for domain in REQUESTS}
     return Roles(
-        asked={domain: by_intent(corpus.of("train", [domain]), sizes.asked, seed) for domain in REQUESTS},
+        asked=asked,
+        held={domain: [entry for entry in handed[domain] if entry not in set(asked[domain])] for domain in REQUESTS},
         held_out={domain: corpus.of("test", [domain]) for domain in REQUESTS},
         background=by_intent(corpus.of("train", retained), sizes.background, seed)
         + outside["oos_train"]

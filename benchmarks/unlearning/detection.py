@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.unlearning.clinc import OUTSIDE, REQUESTS, Corpus, Roles, Utterances
 from benchmarks.unlearning.remembered import Remembered, View
@@ -67,7 +66,9 @@ def chosen_detector(background_NSD: Float[Tensor, "N S D"]) -> Detector:
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-def requests(remembered: Remembered, roles: Roles, head: nn.Linear, corpus: Corpus) -> Iterator[tuple[str, list[Figure]]]:
+def requests(
+    remembered: Remembered, roles: Roles, head: nn.Linear, corpus: Corpus
+) -> Iterator[tuple[str, list[Figure]]]:
     """Figures of each detector, row by row, over all requests."""
     found: dict[str, list[Figure]] = {}
     for request in REQUESTS:

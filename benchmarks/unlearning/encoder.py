@@ -20,6 +20,7 @@ import transformers
 from benchmarks.unlearning import clinc, detection, evasion, requests
 from benchmarks.unlearning.host import Host, share
 from benchmarks.unlearning.report import write
+from benchmarks.unlearning.requests import Method
 from benchmarks.unlearning.results import FOLDER, Figure, Results, Unit
 from moelora.continual import Training
 
@@ -87,7 +88,7 @@ class Work:
             if attacked or self.missing("requests", method.rows, seed):
                 self._serve(method, roles, seed, attacked=attacked)
 
-    def _serve(self, method: requests.Method, roles: clinc.Roles, seed: int, *, attacked: bool) -> None:
+    def _serve(self, method: Method, roles: clinc.Roles, seed: int, *, attacked: bool) -> None:
         training = Training(
             epochs=self.training.epochs,
             batch_size=self.training.batch_size,
@@ -114,7 +115,7 @@ class Work:
         attacked = evasion.attack(self.host, roles, seed=seed)
         self.add("evasion", "answers before", seed, evasion.answered(self.host, attacked, "answered before"))
         for row, (window, stride) in evasion.WINDOWS.items():
-            gates = evasion.gates_of(self.host, roles, seed=seed, window=window, stride=stride)
+            gates = evasion.gates_of(self.host, roles, window=window, stride=stride)
             figures = list(evasion.evade(gates, attacked))
             figures += list(evasion.benign_fire(gates, roles))
             figures += list(evasion.drift(gates, roles, attacked, seed=seed))

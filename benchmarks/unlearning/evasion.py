@@ -24,12 +24,8 @@ from benchmarks.unlearning.results import Figure
 from moelora.continual import Gate, HiddenStates
 from moelora.continual.features import Windows
 from moelora.continual.gate import Promise, fit_gate, recalibrate
-from moelora.continual.reading import split
 from moelora.continual.union import max_statistic
 from moelora.metrics import clopper_pearson
-
-HELD_OUT = 0.3
-"""What a stack holds out of a request, by default."""
 
 WINDOWS = {"windows of 256 tokens": (256, 128), "windows of 16 tokens": (16, 8)}
 """Length and stride."""
@@ -56,7 +52,7 @@ class Attacked(NamedTuple):
 
 
 class Gates(NamedTuple):
-    """The gates of all requests, as a stack with this seed has them, and what they look at."""
+    """The gates of all requests, as a stack has them, and what they look at."""
 
     gates: Sequence[Gate]
     view: View
@@ -76,7 +72,7 @@ class Gates(NamedTuple):
         return max_statistic([gate.distances(windows) for gate in self.gates])
 
 
-def gates_of(host: Host, roles: Roles, *, seed: int, window: int, stride: int) -> Gates:
+def gates_of(host: Host, roles: Roles, *, window: int, stride: int) -> Gates:
     """Fit and calibrate all gates, without experts."""
     states = HiddenStates(host.model, host.remembered.states.layers, window=window, stride=stride)
     remembered = host.remembered
@@ -91,10 +87,8 @@ def gates_of(host: Host, roles: Roles, *, seed: int, window: int, stride: int) -
     promise = Promise(max_miss=MAX_MISS, max_fire=MAX_FIRE, on_conflict="protect_utility")
     background = read(roles.background).features_WSD
     gates: list[Gate] = []
-    for step, request in enumerate(REQUESTS):
-        asked = [{"utterance": utterance} for utterance in roles.asked[request]]
-        fitted, held = ([entry["utterance"] for entry in part] for part in split(asked, HELD_OUT, seed + step))
-        gate = fit_gate(chosen_detector(background), read(fitted), read(held), promise)
+    for request in REQUESTS:
+        gate = fit_gate(chosen_detector(background), read(roles.asked[request]), read(roles.held[request]), promise)
         gates = recalibrate([*gates, gate], read(roles.benign), union="max_statistic")
     return Gates(gates, view)
 
@@ -175,7 +169,9 @@ def drift(gates: Gates, roles: Roles, attacked: dict[str, list[Attacked]], *, se
     for name, shares in streams.items():
         alarms = 0
         for _ in range(STREAMS):
-            drawn = [score for part, share in shares.items() for score in rng.choices(scores[part], k=round(share * STREAM))]
+            drawn = [
+                score for part, share in shares.items() for score in rng.choices(scores[part], k=round(share * STREAM))
+            ]
             result: Any = stats.ks_2samp(drawn, calibrated_M.numpy())
             alarms += result.pvalue < LEVEL
         yield _rate("alarm", int(alarms), STREAMS, name)

@@ -29,7 +29,9 @@ Ids = tuple[int, ...]
 def padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """A batch of token ids; what stands under padding does not matter."""
     ids_BL = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    mask_BL = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    mask_BL = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True
+    )
     return {"input_ids": ids_BL, "attention_mask": mask_BL}
 
 

@@ -82,7 +82,13 @@ class Results:
 
     def add(self, unit: Unit, figures: Iterable[Figure], seconds: float) -> None:
         """Append a unit's figures; `seconds` is processor time."""
-        about = (f"{seconds:.1f}", self.device, torch.__version__, _revision(), time.strftime("%Y-%m-%d", time.gmtime()))
+        about = (
+            f"{seconds:.1f}",
+            self.device,
+            torch.__version__,
+            _revision(),
+            time.strftime("%Y-%m-%d", time.gmtime()),
+        )
         rows = [
             (*unit, f.request, f.versus, f.step, f.metric, *(_number(v) for v in (f.value, f.low, f.high)), *about)
             for f in figures

@@ -17,6 +17,13 @@ Number = int | float
 
 HUB = "https://huggingface.co"
 
+ROUTED = (
+    "A mixture is as good as its experts and the data that its router was trained on; elsewhere its choices are "
+    "untested.",
+    "The choice depends on the input, so the mixture cannot be merged into the base weights, and programs that know "
+    "only plain LoRA cannot run it (a fixed mixture can be exported as one).",
+)
+
 
 def model_card(config: Mapping[str, Any]) -> str:
     """README.md for a mixture that is described by a plain mapping.
@@ -25,6 +32,10 @@ def model_card(config: Mapping[str, Any]) -> str:
     or a mapping with `kind`, `location`, `subfolder`), `commit`, `sha256`, `ranks`, `scales` (a number, a list, or
     site -> number) and `folder` (where its weights lie in the repository, if they do); `router` (its settings);
     `sites` (a count, or all of them); `package_version`; `metrics` (name -> value).
+
+    Of a stack (`moelora.continual`) also: `stack`, the class that loads it; `tags`, more of them; `acts`, sentences in
+    place of the one that says when experts act; `sections`, heading -> text; `limits`, sentences in place of those
+    on routers.
     """
     repo_id = config.get("repo_id")
     base_model = config.get("base_model")
@@ -33,7 +44,7 @@ def model_card(config: Mapping[str, Any]) -> str:
     title = repo_id.rpartition("/")[2] if repo_id else "A mixture of LoRA experts"
 
     relation = {"base_model": base_id, "base_model_relation": "adapter"} if base_id else {}
-    metadata = ModelCardData(library_name="moelora", tags=TAGS, **relation)
+    metadata = ModelCardData(library_name="moelora", tags=[*TAGS, *(config.get("tags") or [])], **relation)
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"# {_plain(title)}",
@@ -42,11 +53,12 @@ def model_card(config: Mapping[str, Any]) -> str:
         _expert_table(experts),
         "## Router",
         _settings_table(config.get("router") or {}),
+        *(part for heading, text in (config.get("sections") or {}).items() for part in (f"## {heading}", text)),
         "## How to load it",
         _loading(config, base_id, repo_id),
         *_results(config.get("metrics") or {}),
         "## Limits",
-        _limits(experts, has_metrics=bool(config.get("metrics"))),
+        _limits(experts, config.get("limits") or ROUTED, has_metrics=bool(config.get("metrics"))),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -70,10 +82,8 @@ def _summary(config: Mapping[str, Any], base_id: str | None, num_experts: int) -
     where = f" at {count} linear projections" if count else ""
     version = config.get("package_version")
     made = f" Written by moelora {_plain(version)}." if version else ""
-    return (
-        f"A mixture of {experts} on {base}: a router picks, for every token{where}, which few of them act. "
-        f"The base model's weights are not part of this repository.{made}"
-    )
+    acts = config.get("acts") or f"A router picks, for every token{where}, which few of them act."
+    return f"A mixture of {experts} on {base}. {acts} The base model's weights are not part of this repository.{made}"
 
 
 def _expert_table(experts: Iterable[Mapping[str, Any]]) -> str:
@@ -132,12 +142,15 @@ def _loading(config: Mapping[str, Any], base_id: str | None, repo_id: str | None
     if not auto_class.isidentifier():
         raise ValueError(f"auto_class is the name of a transformers class, got {auto_class!r}")
     base = base_id or "path/to/the/base-model"
+    needed, load = "import moelora", "moelora.load"
+    if stack := config.get("stack"):
+        needed, load = f"from moelora.continual import {stack}", f"stack = {stack}.load"
     return (
         "```python\n"
-        "import moelora\n"
+        f"{needed}\n"
         f"from transformers import {auto_class}\n\n"
         f'model = {auto_class}.from_pretrained("{base}")\n'
-        f'moelora.load(model, "{repo_id or "this-repository"}")\n'
+        f'{load}(model, "{repo_id or "this-repository"}")\n'
         "```\n\n"
         "Inside `with moelora.disabled(model):` no expert acts."
     )
@@ -150,16 +163,13 @@ def _results(metrics: Mapping[str, Any]) -> list[str]:
     return ["## Results", "\n".join(["| measure | value |", "|---|---|", *rows])]
 
 
-def _limits(experts: list[Mapping[str, Any]], *, has_metrics: bool) -> str:
+def _limits(experts: list[Mapping[str, Any]], first: Iterable[str], *, has_metrics: bool) -> str:
     outside = [expert for expert in experts if not expert.get("folder")]
     unpinned = [expert for expert in outside if not (expert.get("commit") or _source_field(expert, "commit"))]
     limits = [
-        "A mixture is as good as its experts and the data that its router was trained on; elsewhere its choices are "
-        "untested.",
+        *first,
         "Experts keep the licences and the biases of their own training; see their cards.",
         "Files are checked for form, not for intent: an expert that was trained to do harm passes every check.",
-        "The choice depends on the input, so the mixture cannot be merged into the base weights, and programs that "
-        "know only plain LoRA cannot run it (a fixed mixture can be exported as one).",
     ]
     if outside:
         limits.append(f"Loading needs the sources of {_names(outside)} to be there: their weights are not included.")

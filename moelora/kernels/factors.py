@@ -43,13 +43,25 @@ class Factors(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+def index_tensors(
+    starts: tuple[int, ...], ranks: tuple[int, ...], scales: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, ...]:
+    """All index tensors of `Factors` on a device: those of `index_rows`, and its `owners`.
+
+    Sites that hold the same experts share them: compiled code checks and loads every tensor that it reads, so one that
+    88 sites read costs a decoded token as much as one.
+    """
+    # whoever asks first may be in inference mode; its tensors could not be trained with
+    with torch.inference_mode(mode=False):
+        rows, (owner_1R, starts_1E, ranks_1E) = index_rows(starts, ranks, scales), index_kernels(starts, ranks)
+        return tuple(tensor.to(device) for tensor in (*rows, owner_1R, rows[0][None], starts_1E, ranks_1E))
+
+
+@lru_cache(maxsize=64)
 def index_rows(
     starts: tuple[int, ...], ranks: tuple[int, ...], scales: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The index tensors of `Factors` for experts whose rows begin at `starts`: scale_E, owner_R, rows_FP, fill_FP.
-
-    Sites that hold the same experts share them; nobody writes to them.
-    """
+    """The index tensors of `Factors` for experts whose rows begin at `starts`: scale_E, owner_R, rows_FP, fill_FP."""
     starts_E1 = torch.tensor(starts, dtype=torch.long).view(-1, 1)
     ranks_E1 = torch.tensor(ranks, dtype=torch.long).view(-1, 1)
     scale_E = torch.tensor(scales, dtype=torch.float32)
@@ -68,7 +80,7 @@ def index_rows(
 
 @lru_cache(maxsize=64)
 def index_kernels(starts: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """The int32 tensors of `Factors.owners`: owner, first row and rank, each as one row."""
+    """The int32 tensors among `Factors.owners`: owner, first row and rank, each as one row."""
     owner_R = torch.zeros(sum(ranks), dtype=torch.int32)
     for expert, (start, rank) in enumerate(zip(starts, ranks, strict=True)):
         owner_R[start : start + rank] = expert

@@ -112,7 +112,7 @@ def mix_fused(
         [torch.randint(2**31, (1,), device=x_TD.device)] if dropout else [],
     )
     settings = ops.Settings(
-        first.rows_FP.shape[1], first.scale_E.shape[0], top_k, temperature, combine, every_token, dropout
+        first.rows_FP.shape[1], owners[1].shape[1], top_k, temperature, combine, every_token, dropout
     )
     wanted = (x_TD, *outputs, *lists.A, *lists.B, *gates, *given)
     keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)

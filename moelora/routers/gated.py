@@ -66,8 +66,9 @@ class GatedRouter(RowRouter):
         if weights_BE is None:
             raise ValueError(
                 "this mixture is routed by gates, and there are none for this call; functions are not saved or copied "
-                "with a model: hand them over with moelora.set_gates(model, gates), and call model(...), not a part of "
-                "it, since gates are asked when a call of the model begins"
+                "with a model: hand them over with moelora.set_gates(model, gates), or load a saved stack with "
+                "UnlearningStack.load or ContinualStack.load in place of moelora.load; and call model(...), not a part "
+                "of it, since gates are asked when a call of the model begins"
             )
         weights_BK = weights_BE.to(x_TD.device)
         experts_BK = torch.arange(self.num_experts, device=x_TD.device).expand_as(weights_BK)

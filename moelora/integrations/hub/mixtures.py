@@ -1,7 +1,7 @@
 """Whole mixtures, as `moelora.save` writes them, from a hub and to it. Begin with download_mixture.
 
-A mixture is a folder with a config, the routers and, if they were included, its experts as numbered PEFT folders.
-Nothing else is downloaded, and nothing else but the model card is uploaded.
+A mixture is a folder with a config, the routers and, if they were included, its experts as numbered PEFT folders; a
+stack's has two files more. Nothing else is downloaded, and nothing else but the model card is uploaded.
 """
 
 import re
@@ -20,8 +20,10 @@ from moelora.integrations.hub.verify import discard_unless_intact
 
 CONFIG_NAME = "moelora_config.json"
 ROUTERS_NAME = "routers.safetensors"
+STACK_NAMES = ("stack.json", "stack.safetensors")
 FILES = re.compile(
-    r"moelora_config\.json|routers\.safetensors|experts/\d{3,6}/adapter_(config\.json|model\.safetensors)"
+    r"moelora_config\.json|routers\.safetensors|stack\.(json|safetensors)"
+    r"|experts/\d{3,6}/adapter_(config\.json|model\.safetensors)"
 )
 
 MAX_CONFIG_BYTES = 64 * 2**20
@@ -31,6 +33,7 @@ UPLOADED = [
     "README.md",
     CONFIG_NAME,
     ROUTERS_NAME,
+    *STACK_NAMES,
     "experts/*/adapter_config.json",
     "experts/*/adapter_model.safetensors",
 ]
@@ -112,8 +115,8 @@ def upload_folder(
 ) -> HubCommit:
     """Push a saved mixture and its card; the repository is made where it does not exist.
 
-    Only the files of a mixture and README.md go up, whatever else the folder holds; experts of an earlier push that
-    the folder does not have are removed there. `private` counts when the repository is new.
+    Only the files of a mixture and README.md go up, whatever else the folder holds; experts and a stack's files of an
+    earlier push that the folder does not have are removed there. `private` counts when the repository is new.
 
     Raises `HubError` for a folder that is no mixture, offline mode, no right to write, an unreachable hub.
     """
@@ -135,7 +138,7 @@ def upload_folder(
             folder_path=folder,
             commit_message=commit_message,
             allow_patterns=UPLOADED,
-            delete_patterns=["experts/*"],
+            delete_patterns=["experts/*", *STACK_NAMES],
         )
     except (*CLIENT_ERRORS, RuntimeError) as error:
         raise explain(error, place, has_token=sends_token(token)) from error

@@ -1,0 +1,93 @@
+"""The page of results, from the CSV files beside it. Begin with write.
+
+python -m benchmarks.unlearning report
+"""
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.unlearning import tofu_report
+from benchmarks.unlearning.results import FOLDER
+from moelora.metrics import seeds_interval
+
+TITLES = {
+    "scope": "Known intents from out-of-scope queries, by the encoder alone",
+    "detection": "Detectors: a request from near and far inputs",
+    "requests": "Three requests in sequence: work, travel, home",
+    "evasion": "Ways around the gates",
+}
+LEARNED = ("before", "final", "average", "backward transfer", "forgetting")
+TUNING_SEED = 100
+
+
+def write(folder: Path) -> Path:
+    """Write README.md of what is in a folder, and return its path."""
+    page = folder / "README.md"
+    page.write_text("\n".join(lines_of(folder)).rstrip("\n") + "\n", encoding="utf-8")
+    return page
+
+
+def lines_of(folder: Path) -> Iterator[str]:
+    """The page, line by line."""
+    yield "# Unlearning and continual learning\n"
+    yield (
+        "Written by `python -m benchmarks.unlearning report` from the CSV files beside it. Means over seeds with "
+        "Student's 95 % intervals where there are several. What each row is stands at the head of the scripts in "
+        "`benchmarks/unlearning`."
+    )
+    encoder = read(folder / "encoder.csv")
+    for part, title in TITLES.items():
+        if rows := [row for row in encoder if row["part"] == part]:
+            yield f"\n## {title}\n\n| row | request | versus | step | figure | value |\n|---|---|---|---|---|---|"
+            yield from part_lines(rows)
+    if learned := [row for row in read(folder / "learning.csv") if int(row["seed"]) != TUNING_SEED]:
+        yield "\n## Ten domains learned in sequence, accuracy among 150 intents in %\n"
+        yield from learning_lines(learned)
+    if tofu := read(folder / "tofu.csv"):
+        yield "\n## TOFU on a causal model\n"
+        yield tofu_report.table(tofu)
+
+
+def part_lines(rows: Iterable[dict[str, str]]) -> Iterator[str]:
+    """One line a figure, over the seeds."""
+    found: dict[tuple[str, ...], list[float]] = {}
+    for row in rows:
+        at = tuple(row[name] for name in ("row", "request", "versus", "step", "metric"))
+        if row["value"]:
+            found.setdefault(at, []).append(float(row["value"]))
+    for at, values in found.items():
+        yield f"| {' | '.join(at)} | {shown(values)} |"
+
+
+def learning_lines(rows: Sequence[dict[str, str]]) -> Iterator[str]:
+    """One line a method."""
+    yield f"| method | {' | '.join(LEARNED)} | learning rate |"
+    yield "|---" * (len(LEARNED) + 2) + "|"
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == method]
+        values = [[100 * float(row["value"]) for row in own if row["metric"] == metric] for metric in LEARNED]
+        yield f"| {method} | {' | '.join(shown(value, digits=1) for value in values)} | {own[0]['rate']} |"
+
+
+def shown(values: Sequence[float], *, digits: int = 4) -> str:
+    """A mean and half the width of its interval."""
+    if len(values) < 2:
+        return "".join(f"{value:.{digits}f}" for value in values)
+    interval = seeds_interval(torch.tensor(values, dtype=torch.float64))
+    return f"{sum(values) / len(values):.{digits}f} ± {(interval.high - interval.low) / 2:.{digits}f}"
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The lines of a file, none if it is not there."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main(argv: "Sequence[str] | None" = None) -> None:
+    """Write the page of the results that are kept here."""
+    print(write(FOLDER))
