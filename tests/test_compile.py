@@ -212,6 +212,38 @@ def test_inductor_generates_code_for_it():
     )
 
 
+def test_a_site_brings_its_own_weights_into_the_graph_and_nothing_else():
+    """Compiled code loads and checks each input at every call: index tensors are shared, also after a move."""
+    run(
+        """
+        def count(layers, patch):
+            model = tiny.model("llama", num_hidden_layers=layers).eval()
+            sites = 0
+            if patch:
+                moelora.patch_model(model, num_experts=4, rank=3, config=MoELoRAConfig(router=Learned()))
+                moelora.set_trainable(model)
+                sites = len(model._moelora.layers)
+            # moving to another device makes new tensors, too
+            model._apply(torch.clone)
+            found = []
+
+            def backend(graph, inputs):
+                found.append(sum(isinstance(each, torch.Tensor) for each in inputs))
+                return graph.forward
+
+            with torch.no_grad():
+                torch.compile(model, fullgraph=True, backend=backend)(**tiny.inputs(model))
+            assert len(found) == 1, found
+            return found[0], sites
+
+        (one, few), (two, many) = count(1, True), count(2, True)
+        base = count(2, False)[0] - count(1, False)[0]
+        # A, B and the router
+        assert two - one - base == 3 * (many - few), (one, two, base, few, many)
+        """
+    )
+
+
 def test_whether_the_kernels_run_is_known_without_looking():
     """On a GPU every layer asks this while it is traced; the search for Triton itself cannot be traced."""
     run(

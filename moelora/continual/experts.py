@@ -55,6 +55,11 @@ class Experts:
 
     model: nn.Module
     collate: Collate
+    rank: int
+    targets: Any
+    orthogonality: Orthogonality
+    seed: int
+    config: MoELoRAConfig
 
     def __init__(
         self,
