@@ -25,6 +25,11 @@ OURS = "_moelora"
 class CacheState:
     """A cache's layers and all of their attributes, as they were."""
 
+    cache: Any
+    layers: list[Any]
+    kept: dict[str, Any]
+    parts: "list[_LayerState]"
+
     def __init__(self, cache: Any, layers: list[Any]) -> None:
         self.cache, self.layers, self.kept = cache, list(layers), dict(vars(cache))
         self.parts = [_LayerState(layer) for layer in layers]

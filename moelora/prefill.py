@@ -194,8 +194,11 @@ class Prefill:
         caches: the caches that came with the call, as they were.
     """
 
+    prompt: Prompt
     seen: Mapping[str, Any]
     caches: Sequence[CacheState]
+    random: Any
+    number: int
 
     def __init__(
         self, taps: Sequence[Tap], prompt: Prompt, seen: Mapping[str, Any], caches: Sequence[CacheState]
