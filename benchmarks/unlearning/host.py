@@ -78,9 +78,13 @@ class Host:
         return self.model.head
 
     def examples(self, utterances: Utterances) -> list[dict[str, Any]]:
-        """As stacks take them."""
-        rows = self.remembered.tokens([utterance.text for utterance in utterances])
-        return [{"input_ids": ids, "labels": label} for ids, (_, label) in zip(rows, utterances, strict=True)]
+        """As stacks take what they are to forget."""
+        texts = self.texts(utterances)
+        return [{**text, "labels": label} for text, (_, label) in zip(texts, utterances, strict=True)]
+
+    def texts(self, utterances: Utterances) -> list[dict[str, Any]]:
+        """As stacks take benign texts: out-of-scope queries have no label that the head knows."""
+        return [{"input_ids": ids} for ids in self.remembered.tokens([utterance.text for utterance in utterances])]
 
     @torch.no_grad()
     def answers(self, utterances: Utterances, acting: "Acting | None" = None) -> Int[Tensor, " B"]:

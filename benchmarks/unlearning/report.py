@@ -4,21 +4,15 @@ python -m benchmarks.unlearning report
 """
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.unlearning import tofu_report
+from benchmarks.unlearning import encoder_report, tofu_report
 from benchmarks.unlearning.results import FOLDER
 from moelora.metrics import seeds_interval
 
-TITLES = {
-    "scope": "Known intents from out-of-scope queries, by the encoder alone",
-    "detection": "Detectors: a request from near and far inputs",
-    "requests": "Three requests in sequence: work, travel, home",
-    "evasion": "Ways around the gates",
-}
 LEARNED = ("before", "final", "average", "backward transfer", "forgetting")
 TUNING_SEED = 100
 
@@ -38,28 +32,14 @@ def lines_of(folder: Path) -> Iterator[str]:
         "Student's 95 % intervals where there are several. What each row is stands at the head of the scripts in "
         "`benchmarks/unlearning`."
     )
-    encoder = read(folder / "encoder.csv")
-    for part, title in TITLES.items():
-        if rows := [row for row in encoder if row["part"] == part]:
-            yield f"\n## {title}\n\n| row | request | versus | step | figure | value |\n|---|---|---|---|---|---|"
-            yield from part_lines(rows)
+    if encoder := read(folder / "encoder.csv"):
+        yield from encoder_report.lines_of(encoder)
     if learned := [row for row in read(folder / "learning.csv") if int(row["seed"]) != TUNING_SEED]:
         yield "\n## Ten domains learned in sequence, accuracy among 150 intents in %\n"
         yield from learning_lines(learned)
     if tofu := read(folder / "tofu.csv"):
         yield "\n## TOFU on a causal model\n"
         yield tofu_report.table(tofu)
-
-
-def part_lines(rows: Iterable[dict[str, str]]) -> Iterator[str]:
-    """One line a figure, over the seeds."""
-    found: dict[tuple[str, ...], list[float]] = {}
-    for row in rows:
-        at = tuple(row[name] for name in ("row", "request", "versus", "step", "metric"))
-        if row["value"]:
-            found.setdefault(at, []).append(float(row["value"]))
-    for at, values in found.items():
-        yield f"| {' | '.join(at)} | {shown(values)} |"
 
 
 def learning_lines(rows: Sequence[dict[str, str]]) -> Iterator[str]:

@@ -116,14 +116,14 @@ def serve(host: Host, method: Method, roles: Roles, *, seed: int, training: Trai
             else:
                 stack.forget(
                     asked,
-                    calibration=host.examples(roles.benign),
-                    held_out=host.examples(roles.held[request]),
+                    calibration=host.texts(roles.benign),
+                    held_out=host.texts(roles.held[request]),
                     max_miss=MAX_MISS,
                     max_fire=MAX_FIRE,
                     objective=UniformOptions(),
                     training=training,
                     name=request,
-                    avoid=host.examples(roles.background) if method.placed else None,
+                    avoid=host.texts(roles.background) if method.placed else None,
                 )
             yield Moment(step=step, stack=stack, weights=lambda utterances: _weights(host, stack, utterances))
     finally:
