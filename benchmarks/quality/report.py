@@ -164,14 +164,21 @@ LEARNED_FROM = {"decoder": "texts", "encoder": "utterances"}
 def plot_methods(table: Table) -> None:
     """Test loss of all methods, from worst to best."""
     names = {method for question in QUESTIONS.values() for method in question["methods"]}
-    found = [(method, table.figure(method, "test")) for method in names]
-    found = sorted(((method, figure) for method, figure in found if figure.seeds), key=lambda entry: -entry[1].mean)
+    plot_ranked(table, names, "test loss, nats a token", "methods", lower_is_better=True)
+
+
+def plot_ranked(table: Table, methods: Iterable[str], label: str, name: str, *, lower_is_better: bool) -> None:
+    """A measure of all methods that have it, from worst to best; no plot if none has."""
+    found = [(method, figure) for method in methods if (figure := table.figure(method, "test")).seeds]
+    if not found:
+        return
+    found.sort(key=lambda entry: entry[1].mean, reverse=lower_is_better)
     _, axes = plt.subplots(figsize=(8, 0.32 * len(found) + 1))
     labels, figures = zip(*found, strict=True)
     halves = [figure.half for figure in figures]
     axes.errorbar([figure.mean for figure in figures], labels, xerr=halves, fmt="o", color="#4878a8")
     axes.grid(axis="y", linewidth=0.4)
-    finish(axes, "test loss, nats a token", "", "methods")
+    finish(axes, label, "", name)
 
 
 def plot_switch(table: Table) -> None:

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 
-import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.quality.report import MEASURES, RESULTS, Table, finish
+from benchmarks.quality.report import MEASURES, RESULTS, Table, plot_ranked
 from benchmarks.quality.run import Results
 from benchmarks.quality.study import QUESTIONS, SKILLS
 from moelora.metrics import seeds_interval
@@ -51,13 +50,5 @@ def mixture_table(table: Table) -> Iterable[str]:
 
 def plot_mixed(table: Table) -> None:
     """Mean accuracy of all methods, from worst to best."""
-    found = [(method, table.figure(method, "test")) for method in QUESTIONS["f"]["methods"]]
-    found = sorted(((method, figure) for method, figure in found if figure.seeds), key=lambda entry: entry[1].mean)
-    if not found:
-        return
-    _, axes = plt.subplots(figsize=(8, 0.32 * len(found) + 1))
-    labels, figures = zip(*found, strict=True)
-    halves = [figure.half for figure in figures]
-    axes.errorbar([figure.mean for figure in figures], labels, xerr=halves, fmt="o", color="#4878a8")
-    axes.grid(axis="y", linewidth=0.4)
-    finish(axes, "test accuracy, %, mean of the skills", "", "mixed")
+    methods = QUESTIONS["f"]["methods"]
+    plot_ranked(table, methods, "test accuracy, %, mean of the skills", "mixed", lower_is_better=False)

@@ -10,7 +10,6 @@ import argparse
 import csv
 import multiprocessing
 import os
-import subprocess
 import time
 import traceback
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.origin import about_here, read_rows, revision_here
 from benchmarks.quality.study import (
     ACCURACY,
     METHODS,
@@ -60,10 +60,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict[str, str]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
+        self.rows = read_rows(path)
 
     def done(self) -> set[str]:
         """Keys of the runs that are in the file."""
@@ -199,18 +196,6 @@ def adapters_are_there(run: Run, options: Any) -> bool:
     return (options.cache / "adapters" / run.pool / method.options.get("skill", "")).is_dir()
 
 
-def about_here(device: str, revision: str) -> dict[str, str]:
-    """What a line says of where it was measured."""
-    import torch
-
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "revision": revision,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
 def carry_out(todo: Sequence[Run], options: Any, results: Results, deadline: float, about: dict[str, str]) -> bool:
     """All of these runs in worker processes; False if time was up or a run failed."""
     context = multiprocessing.get_context("spawn")
@@ -273,15 +258,9 @@ def main() -> None:
     parser.add_argument("--revision", default="")
     options = parser.parse_args()
 
-    revision = (
-        options.revision
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    )
     results = Results(options.output or RESULTS / f"{options.suite}.csv")
     deadline = time.time() + 60 * options.minutes
-    about = about_here(options.device, revision)
+    about = about_here(options.device, options.revision or revision_here())
     options.best = {}
     for runs in phases(options.suite, options.questions, results):
         options.best = results.best_rates()

@@ -16,11 +16,9 @@ import gzip
 import itertools
 import json
 import multiprocessing
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moelora
+from benchmarks.origin import read_rows, revision_here, today
 from benchmarks.unlearning.classifier import load_encoder
 from moelora.continual import ContinualStack, Objective, Orthogonality, Training
 from moelora.continual.examples import Collate, batches, model_inputs
@@ -219,14 +218,6 @@ def metrics_of(rows: list[list[float]]) -> dict[str, float]:
     return found
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The lines that are there."""
-    if not path.is_file():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def best_rates(rows: list[dict[str, str]]) -> dict[str, float]:
     """The learning rate of the best final accuracy in tuning, by method, where all were tried."""
     found: dict[str, dict[float, float]] = {}
@@ -266,23 +257,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--revision", default="")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
-    revision = options.revision or _revision()
+    revision = options.revision or revision_here()
     card = torch.cuda.get_device_name() if options.device == "cuda" else options.device
 
     context = multiprocessing.get_context("spawn")
     start = (options.model, options.clinc, options.device, options.threads)
     with context.Pool(options.workers, initializer=_begin, initargs=start) as pool:
         for tuning in (True, False):
-            rates = best_rates(read(options.output))
+            rates = best_rates(read_rows(options.output))
             runs = [
                 Run(method, seed, rate)
                 for seed in ([TUNING_SEED] if tuning else options.seeds)
                 for method in options.methods
                 for rate in (RATES if tuning else [rates[method]])
             ]
-            done = {Run(row["method"], int(row["seed"]), float(row["rate"])) for row in read(options.output)}
+            done = {Run(row["method"], int(row["seed"]), float(row["rate"])) for row in read_rows(options.output)}
             for run, rows, seconds in pool.imap_unordered(_work, [run for run in runs if run not in done]):
-                about = (card, torch.__version__, revision, datetime.now(UTC).strftime("%Y-%m-%d"))
+                about = (card, torch.__version__, revision, today())
                 _write(
                     options.output, [(*run, name, round(value, 5), *about) for name, value in metrics_of(rows).items()]
                 )
@@ -299,8 +290,3 @@ def _write(path: Path, lines: list[tuple[Any, ...]]) -> None:
     with open(path, "a", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([FIELDS, *lines] if new else lines)
-
-
-def _revision() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

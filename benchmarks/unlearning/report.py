@@ -3,12 +3,12 @@
 python -m benchmarks.unlearning report
 """
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.origin import read_rows
 from benchmarks.unlearning import encoder_report, tofu_report
 from benchmarks.unlearning.results import FOLDER
 from moelora.metrics import seeds_interval
@@ -32,12 +32,12 @@ def lines_of(folder: Path) -> Iterator[str]:
         "Student's 95 % intervals where there are several. What each row is stands at the head of the scripts in "
         "`benchmarks/unlearning`."
     )
-    if encoder := read(folder / "encoder.csv"):
+    if encoder := read_rows(folder / "encoder.csv"):
         yield from encoder_report.lines_of(encoder)
-    if learned := [row for row in read(folder / "learning.csv") if int(row["seed"]) != TUNING_SEED]:
+    if learned := [row for row in read_rows(folder / "learning.csv") if int(row["seed"]) != TUNING_SEED]:
         yield "\n## Ten domains learned in sequence, accuracy among 150 intents in %\n"
         yield from learning_lines(learned)
-    if tofu := read(folder / "tofu.csv"):
+    if tofu := read_rows(folder / "tofu.csv"):
         yield "\n## TOFU on a causal model\n"
         yield tofu_report.table(tofu)
 
@@ -58,14 +58,6 @@ def shown(values: Sequence[float], *, digits: int = 4) -> str:
         return "".join(f"{value:.{digits}f}" for value in values)
     interval = seeds_interval(torch.tensor(values, dtype=torch.float64))
     return f"{sum(values) / len(values):.{digits}f} ± {(interval.high - interval.low) / 2:.{digits}f}"
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The lines of a file, none if it is not there."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def main(argv: "Sequence[str] | None" = None) -> None:

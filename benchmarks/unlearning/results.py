@@ -2,13 +2,13 @@
 
 import csv
 import math
-import subprocess
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
+
+from benchmarks.origin import read_rows, revision_here, today
 
 FOLDER = Path(__file__).parents[1] / "results" / "unlearning"
 
@@ -71,10 +71,7 @@ class Results:
 
     def lines(self) -> list[dict[str, str]]:
         """All that is in the file."""
-        if not self.path.is_file():
-            return []
-        with self.path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+        return read_rows(self.path)
 
     def done(self) -> set[Unit]:
         """What need not be done again."""
@@ -86,8 +83,8 @@ class Results:
             f"{seconds:.1f}",
             self.device,
             torch.__version__,
-            _revision(),
-            time.strftime("%Y-%m-%d", time.gmtime()),
+            revision_here(),
+            today(),
         )
         rows = [
             (*unit, f.request, f.versus, f.step, f.metric, *(_number(v) for v in (f.value, f.low, f.high)), *about)
@@ -101,8 +98,3 @@ class Results:
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.6g}"
-
-
-def _revision() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

@@ -9,7 +9,6 @@ device. Numbers are written as runs end, and what is in the file is not done aga
 
 import argparse
 import multiprocessing
-import subprocess
 import time
 import traceback
 import warnings
@@ -19,11 +18,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks.origin import about_here, revision_here
 from benchmarks.unlearning.tofu_study import (
     METHODS,
     Results,
     Run,
-    about_here,
     final,
     references,
     tuning,
@@ -129,15 +128,7 @@ def main(argv: "Sequence[str] | None" = None) -> None:
         epochs=given.epochs,
         promise=given.promise,
     )
-    revision = (
-        given.revision
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    )
-    # here, too: a process that cannot begin would only be started again
-    begin(options, given.threads)
-    results, about = Results(given.output), about_here(given.device, revision)
+    results, about = Results(given.output), about_here(given.device, given.revision or revision_here())
 
     def do(runs: Sequence[Run]) -> None:
         complete = not runs or carry_out(

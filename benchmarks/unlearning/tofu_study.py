@@ -5,14 +5,12 @@ requests with each seed. What is in the file of results is not done again.
 """
 
 import csv
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
+from benchmarks.origin import read_rows
 from benchmarks.unlearning.tofu_data import REQUESTS
 from benchmarks.unlearning.tofu_methods import O3, Method, Stack, Whole
 
@@ -106,10 +104,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[dict[str, str]] = []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                self.rows = list(csv.DictReader(file))
+        self.rows = read_rows(path)
 
     def done(self) -> set[tuple[str, int, float, int]]:
         """Keys of the runs that are in the file."""
@@ -186,13 +181,3 @@ def wanted(runs: Sequence[Run], results: Results) -> list[Run]:
     """Those that are not in the file yet."""
     done = results.done()
     return [run for run in runs if run.key not in done]
-
-
-def about_here(device: str, revision: str) -> dict[str, str]:
-    """What a line says of where it was measured."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "revision": revision,
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
