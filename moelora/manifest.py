@@ -71,24 +71,38 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{str(folder)!r} holds no mixture: it has no {CONFIG_NAME}; moelora.save writes one")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        major, minor = (int(part) for part in values["schema_version"])
+        version = version_in(values)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise _malformed(folder, error) from error
-    if major > SCHEMA_VERSION[0]:
-        raise ValueError(
-            f"{str(folder)!r} was written with schema version {major}.{minor}, this moelora reads "
-            f"{SCHEMA_VERSION[0]}.x; upgrade moelora"
-        )
-    if (major, minor) > SCHEMA_VERSION:
-        warnings.warn(
-            f"{str(folder)!r} was written with schema version {major}.{minor}, newer than "
-            f"{'.'.join(map(str, SCHEMA_VERSION))}; what this version does not know is an error",
-            stacklevel=3,
-        )
+    check_version(version, SCHEMA_VERSION, repr(str(folder)), stacklevel=4)
     try:
         return _manifest(values)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise _malformed(folder, error) from error
+
+
+def version_in(values: Any) -> tuple[int, int]:
+    """The major and minor version of a file, which is none if this raises one of Python's own errors."""
+    major, minor = values["schema_version"]
+    if isinstance(major, bool) or isinstance(minor, bool):
+        raise TypeError(f"schema_version must be two integers, got {[major, minor]}")
+    return int(major), int(minor)
+
+
+def check_version(version: tuple[int, int], known: tuple[int, int], what: str, *, stacklevel: int) -> None:
+    """Refuse a newer major version, and warn of a newer minor one.
+
+    Raises:
+        ValueError: for a newer major version.
+    """
+    written = f"{what} was written with schema version {version[0]}.{version[1]}"
+    if version[0] > known[0]:
+        raise ValueError(f"{written}, this moelora reads {known[0]}.x; upgrade moelora")
+    if version > known:
+        warnings.warn(
+            f"{written}, newer than {known[0]}.{known[1]}; what this version does not know is an error",
+            stacklevel=stacklevel,
+        )
 
 
 def _malformed(folder: Path, error: Exception) -> ValueError:

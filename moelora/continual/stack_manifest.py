@@ -7,7 +7,6 @@ stack.safetensors       what the detectors were fitted to be, and the distances 
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from moelora.continual.orthogonality import Orthogonality
 from moelora.continual.plain_values import check_names, check_type, checked, expect, is_number, is_whole
 from moelora.folder import TENSORS_NAME
 from moelora.integrations.sources import check_name
-from moelora.manifest import CONFIG_NAME
+from moelora.manifest import CONFIG_NAME, check_version, version_in
 
 STACK_NAME = "stack.json"
 STACK_TENSORS_NAME = "stack.safetensors"
@@ -140,22 +139,11 @@ def _json(folder: Path, kind: str) -> dict[str, Any]:
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        major, minor = (int(part) for part in values["schema_version"])
+        version = version_in(values)
         found = values.get("kind")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _malformed(folder, error) from error
-    known = ".".join(map(str, STACK_SCHEMA_VERSION))
-    if major > STACK_SCHEMA_VERSION[0]:
-        raise ValueError(
-            f"the stack in {str(folder)!r} was written with schema version {major}.{minor}, this moelora reads "
-            f"{STACK_SCHEMA_VERSION[0]}.x; upgrade moelora"
-        )
-    if (major, minor) > STACK_SCHEMA_VERSION:
-        warnings.warn(
-            f"the stack in {str(folder)!r} was written with schema version {major}.{minor}, newer than {known}; what "
-            "this version does not know is an error",
-            stacklevel=5,
-        )
+    check_version(version, STACK_SCHEMA_VERSION, f"the stack in {str(folder)!r}", stacklevel=6)
     if found != kind and isinstance(found, str) and found in OPTIONS:
         raise ValueError(f"{str(folder)!r} holds a {found}, expected {kind}; load it with {found}.load(model, ...)")
     return values
