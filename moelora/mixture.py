@@ -114,6 +114,11 @@ def is_patched(model: nn.Module) -> bool:
     return True
 
 
+def root_of(model: nn.Module) -> nn.Module:
+    """The module that was patched, which a wrapper may hide; of a model that is not patched, the model."""
+    return find_mixture(model)[0] if is_patched(model) else model
+
+
 def expert_names(model: nn.Module) -> list[str]:
     """Names of the experts; a name's position is the expert's id in a `Routing`."""
     return list(find_mixture(model)[1].names)

@@ -10,7 +10,8 @@ from torch import nn
 
 import moelora
 from moelora.continual.detectors import Mahalanobis
-from moelora.continual.features import ExternalEncoder, HiddenStates, Windows, cut, masked_mean, spread
+from moelora.continual.features import ExternalEncoder, HiddenStates, Windows, cut, spread
+from moelora.prefill import masked_mean
 from moelora.testing import tiny
 
 DECODERS, ENCODERS = ["llama", "gpt2", "opt"], ["bert", "roberta", "distilbert"]

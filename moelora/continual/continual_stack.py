@@ -1,8 +1,6 @@
 """Tasks learned one after the other, each an expert of its own. Begin with ContinualStack."""
 
-import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -10,18 +8,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moelora.continual.certificate import Certificate
-from moelora.continual.detectors import Detector, Mahalanobis
+from moelora.continual.detectors import Detector
 from moelora.continual.examples import listed, prompts_of
-from moelora.continual.experts import Experts
-from moelora.continual.features import HiddenStates, Windows
-from moelora.continual.gate import Gate, Promise, fit_gate, recalibrate
+from moelora.continual.features import Windows
+from moelora.continual.gate import Gate, Promise, recalibrate
 from moelora.continual.objectives import Objective, Supervised
 from moelora.continual.orthogonality import Orthogonality
-from moelora.continual.reading import read, split
-from moelora.continual.stack_gates import Features, gates_of
+from moelora.continual.stack import Stack
+from moelora.continual.stack_gates import Features
 from moelora.continual.training import Training, train_router
 from moelora.gating import set_gates
-from moelora.patch import refuse_patched
 from moelora.routers.gated import Gated
 from moelora.routers.learned import Learned
 
@@ -59,7 +55,7 @@ class Task:
 
 
 @final
-class ContinualStack:
+class ContinualStack(Stack):
     """A model that learns one task after the other, each in an orthogonal expert of its own that is frozen afterwards.
 
         stack = ContinualStack(model, rank=8)
@@ -85,11 +81,7 @@ class ContinualStack:
         ValueError: for an option that is out of range, or a model that is patched already.
     """
 
-    model: nn.Module
-    features: Features
-    detector: Detector
     routing: str
-    seed: int
 
     def __init__(
         self,
@@ -104,22 +96,21 @@ class ContinualStack:
         features: Features | None = None,
         seed: int = 0,
     ) -> None:
-        refuse_patched(model)
         if routing not in ROUTINGS:
             raise ValueError(f"unknown routing {routing!r}; expected one of {ROUTINGS}")
-        self.model, self.routing, self.seed = model, routing, seed
-        self.detector = Mahalanobis() if detector is None else detector
-        self.features = HiddenStates(model) if features is None else features
-        self._tasks: list[Task] = []
-        self._experts = Experts(
+        super().__init__(
             model,
             router=Learned(top_k=1, combine="unit") if routing == "learned" else Gated(combine="sum"),
             rank=rank,
             alpha=alpha,
             targets=targets,
-            orthogonality=Orthogonality(mode=orthogonality) if isinstance(orthogonality, str) else orthogonality,
+            orthogonality=orthogonality,
+            detector=detector,
+            features=features,
             seed=seed,
         )
+        self.routing = routing
+        self._tasks: list[Task] = []
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -227,25 +218,6 @@ class ContinualStack:
             raise ValueError(f"no gates decide: routing is {self.routing!r}, {len(self._tasks)} tasks are learned")
         return self._decide(self.features(prompts_of(batch)))
 
-    def save(self, folder: "str | Path", *, include_features: bool = False) -> None:
-        """Write the mixture and its gates to a folder; `load` reads it. As `UnlearningStack.save`."""
-        from moelora.continual.stack_folder import save_stack
-
-        save_stack(self, Path(folder), include_features=include_features)
-
-    @classmethod
-    def load(cls, model: nn.Module, folder_or_repo_id: "str | Path", **hub: Any) -> "ContinualStack":
-        """Put a saved stack on its base model. As `UnlearningStack.load`."""
-        from moelora.continual.stack_folder import load_stack
-
-        return load_stack(cls, model, folder_or_repo_id, **hub)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Save the stack with a model card and upload it. As `UnlearningStack.push_to_hub`."""
-        from moelora.continual.stack_folder import push_stack
-
-        return push_stack(self, repo_id, **options)
-
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _gates_with(self, examples: list[Any], held_out: Any, calibration: Any, promise: Promise | None) -> list[Gate]:
@@ -257,19 +229,21 @@ class ContinualStack:
         olds = [task.gate for task in self._tasks if task.gate is not None]
         if calibration is None and any(gate.calibration is not None for gate in olds):
             raise ValueError("earlier tasks of this stack are calibrated, so pass calibration= for this one too")
-        fitted, held = split(examples, held_out, self.seed + len(olds))
-        gate = fit_gate(copy.deepcopy(self.detector), self._read(fitted), self._read(held), promise or Promise())
-        gates = [*olds, gate]
+        gates = [*olds, self._new_gate(examples, held_out, promise or Promise(), number=len(olds))]
         return gates if calibration is None else recalibrate(gates, self._read(calibration), union="max_statistic")
 
-    def _read(self, dataset: Any) -> Windows:
-        return read(self.features, self._experts.collate, dataset)
+    @property
+    def _entries(self) -> tuple[Task, ...]:
+        return self.tasks
+
+    def _own_settings(self) -> dict[str, str]:
+        return {"routing": self.routing}
 
     def _set_gates(self, gates: list[Gate]) -> None:
         for task, gate in zip(self._tasks, gates, strict=False):
             task.gate = gate
         if self.routing == "gates":
-            set_gates(self.model, gates_of(self.model, self.features, self._decide))
+            self._hand_over_gates()
         elif self.routing == "sum":
             set_gates(self.model, lambda inputs: torch.ones(_rows_of(inputs), len(self._tasks)))
 

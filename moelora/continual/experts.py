@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -76,7 +76,7 @@ class Experts:
             raise ValueError(f"rank must be at least 1, got {rank}")
         self.model, self.collate = model, Collate(model)
         self.rank, self.targets, self.orthogonality, self.seed = rank, targets, orthogonality, seed
-        losses = replace(AuxLosses(), load_balance=0.0)
+        losses = AuxLosses(load_balance=0.0)
         self.config = MoELoRAConfig(router=router, losses=losses, alpha=alpha, seed=seed)
 
     @property

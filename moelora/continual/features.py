@@ -8,8 +8,8 @@
 Axes: B prompts, L tokens, W windows, S layers, D width.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, final
 
 import torch
@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from moelora.continual.detectors.base import Detector
 from moelora.hooks import argument_names
-from moelora.mixture import disabled, find_mixture, is_patched
+from moelora.mixture import disabled, is_patched, root_of
+from moelora.prefill import masked_mean
+from moelora.site_inputs import evaluating
 
 LAYERS = 5
 """How many layers are taken by default."""
@@ -117,7 +119,7 @@ class HiddenStates:
         if windows_at_once < 1:
             raise ValueError(f"windows_at_once must be at least 1, got {windows_at_once}")
         self.model, self.window, self.stride, self.windows_at_once = model, window, stride, windows_at_once
-        depth = _depth(_root(model))
+        depth = _depth(root_of(model))
         if layers is None and depth is None:
             raise ValueError(
                 f"the config of {type(model).__name__} does not say how many layers there are; pass layers="
@@ -148,7 +150,7 @@ class HiddenStates:
         """The same, not normalised: what O3 looks at."""
         texts, mask_BL = _texts(batch)
         windows = cut(mask_BL, window=self.window, stride=self.stride)
-        root = _root(self.model)
+        root = root_of(self.model)
         device = next(root.parameters()).device
         texts = {name: tokens_BL.to(device) for name, tokens_BL in texts.items()}
 
@@ -156,7 +158,7 @@ class HiddenStates:
         order = sorted(range(len(windows)), key=lambda number: len(windows[number][1]))
         chunks = [order[start : start + self.windows_at_once] for start in range(0, len(order), self.windows_at_once)]
         base_mode = disabled(root) if is_patched(root) else nullcontext()
-        with base_mode, _evaluating(root):
+        with base_mode, evaluating(root):
             parts = [self._run(root, texts, [windows[number] for number in chunk]) for chunk in chunks]
         place_W = torch.tensor(order, device=device).argsort()
         return Windows(
@@ -240,12 +242,12 @@ def cut(mask_BL: Bool[Tensor, "B L"], *, window: int, stride: int) -> list[tuple
     return windows
 
 
-def masked_mean(states_WLD: Float[Tensor, "W L D"], valid_WL: Bool[Tensor, "W L"]) -> Float[Tensor, "W D"]:
-    """Mean over the valid tokens, in fp32."""
-    valid_WL = valid_WL.to(states_WLD.device)
-    # where, not times: what stands in padding may be anything
-    kept_WLD = torch.where(valid_WL[:, :, None], states_WLD.float(), 0.0)
-    return kept_WLD.sum(1) / valid_WL.sum(1, keepdim=True)
+def text_config(root: nn.Module) -> Any:
+    """The config of what gives a model's hidden states: its text part, of that the encoder; None without one."""
+    config: Any = getattr(root, "config", None)
+    if hasattr(config, "get_text_config"):
+        return config.get_text_config(encoder=True) if config.is_encoder_decoder else config.get_text_config()
+    return config
 
 
 def _texts(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
@@ -268,10 +270,6 @@ def _texts(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     return texts, mask_BL
 
 
-def _root(model: nn.Module) -> nn.Module:
-    return find_mixture(model)[0] if is_patched(model) else model
-
-
 def _backbone(root: nn.Module) -> nn.Module:
     """What returns hidden states without the cost of a head."""
     model: Any = root
@@ -282,20 +280,4 @@ def _backbone(root: nn.Module) -> nn.Module:
 
 def _depth(root: nn.Module) -> int | None:
     """How many blocks the backbone has, by its config."""
-    config: Any = getattr(root, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(encoder=True) if config.is_encoder_decoder else config.get_text_config()
-    return getattr(config, "num_hidden_layers", None)
-
-
-@contextmanager
-def _evaluating(root: nn.Module) -> Iterator[None]:
-    """Without dropout; each module's flag is put back as it was."""
-    training = [module for module in root.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return getattr(text_config(root), "num_hidden_layers", None)

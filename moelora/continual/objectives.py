@@ -22,7 +22,7 @@ from moelora.hooks import predicts_next
 from moelora.losses.options import option_uniform, random_own_option
 from moelora.losses.rmu import control_vector, rmu
 from moelora.losses.sequences import gradient_ascent, npo, simnpo
-from moelora.mixture import disabled, find_mixture, is_patched
+from moelora.mixture import disabled, find_mixture, root_of
 from moelora.site_inputs import evaluating
 
 
@@ -235,8 +235,7 @@ def default_objective(model: nn.Module, examples: Sequence[Example]) -> Objectiv
             f"examples to be forgotten need labels, got {sorted(examples[0])}: a class, or the tokens of the answer "
             "with -100 on the prompt; without labels, choose an objective that needs none, such as RMU"
         )
-    root = find_mixture(model)[0] if is_patched(model) else model
-    if not row["labels"].ndim and predicts_next(root):
+    if not row["labels"].ndim and predicts_next(root_of(model)):
         raise ValueError(
             f"the model predicts tokens, but the label is the class {int(row['labels'])}; expected a label for each "
             "token, -100 on the prompt"

@@ -17,8 +17,9 @@ from torch import nn
 
 import moelora
 from moelora.continual.continual_stack import ContinualStack, Task
-from moelora.continual.features import HiddenStates, Windows
+from moelora.continual.features import HiddenStates, Windows, text_config
 from moelora.continual.gate import Gate
+from moelora.continual.stack import Stack
 from moelora.continual.stack_card import about
 from moelora.continual.stack_manifest import (
     BOUND,
@@ -42,10 +43,10 @@ from moelora.mixture import find_mixture
 from moelora.patch import refuse_patched, unpatch_model
 from moelora.saving import load, locate_mixture, mixture_card
 
-Stack = TypeVar("Stack", UnlearningStack, ContinualStack)
+This = TypeVar("This", bound=Stack)
 
 
-def save_stack(stack: UnlearningStack | ContinualStack, folder: Path, *, include_features: bool = False) -> None:
+def save_stack(stack: Stack, folder: Path, *, include_features: bool = False) -> None:
     """Write a stack's mixture, gates and certificates to a folder. A stack that lies there is replaced.
 
     Args:
@@ -77,7 +78,7 @@ def save_stack(stack: UnlearningStack | ContinualStack, folder: Path, *, include
 
 
 def load_stack(
-    cls: type[Stack],
+    cls: type[This],
     model: nn.Module,
     folder_or_repo_id: "str | Path",
     *,
@@ -86,7 +87,7 @@ def load_stack(
     endpoint: str | None = None,
     cache_dir: Any = None,
     local_files_only: bool = False,
-) -> Stack:
+) -> This:
     """Put a saved stack on its base model.
 
     Everything is read, checked and tried on the base model before that is changed.
@@ -127,7 +128,7 @@ def load_stack(
 
 
 def push_stack(
-    stack: UnlearningStack | ContinualStack,
+    stack: Stack,
     repo_id: str,
     *,
     include_features: bool = False,
@@ -193,7 +194,7 @@ def _tried_gate(gate: Gate | None, saved: StackManifest, model: nn.Module, devic
     if gate is None:
         return None
     state = gate.detector.state().description
-    layers, width = len(saved.features["layers"]), _width(model) or state["width"]
+    layers, width = len(saved.features["layers"]), getattr(text_config(model), "hidden_size", None) or state["width"]
     features_WSD = torch.full((1, layers, width), width**-0.5, device=device)
     windows = Windows(features_WSD, torch.zeros(1, dtype=torch.long, device=device), 1)
     gate.detector.to(device)
@@ -209,15 +210,7 @@ def _tried_gate(gate: Gate | None, saved: StackManifest, model: nn.Module, devic
     return replace(gate, held_N=gate.held_N.to(device))
 
 
-def _width(model: nn.Module) -> int | None:
-    """Of the hidden states that gates read, by the config."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(encoder=True) if config.is_encoder_decoder else config.get_text_config()
-    return getattr(config, "hidden_size", None)
-
-
-def _check_mixture(saved: StackManifest, mixture: Manifest, stack: UnlearningStack | ContinualStack) -> None:
+def _check_mixture(saved: StackManifest, mixture: Manifest, stack: Stack) -> None:
     """The mixture must be the one that this stack makes."""
     names, found = [entry.name for entry in saved.entries], [entry.name for entry in mixture.experts]
     if names != found:
@@ -235,13 +228,13 @@ def _check_mixture(saved: StackManifest, mixture: Manifest, stack: UnlearningSta
         )
 
 
-def _put_in(stack: UnlearningStack | ContinualStack, entries: list[StackEntry]) -> None:
+def _put_in(stack: Stack, entries: list[StackEntry]) -> None:
     """Make these the stack's own, and let their gates decide."""
     if isinstance(stack, UnlearningStack):
         stack._requests = [
             Request(entry.name, entry.gate, entry.losses, entry.overlap) for entry in entries if entry.gate is not None
         ]
-        stack._set_gates()
-    else:
+        stack._hand_over_gates()
+    elif isinstance(stack, ContinualStack):
         stack._tasks = [Task(entry.name, entry.gate, entry.losses, entry.overlap) for entry in entries]
         stack._set_gates([entry.gate for entry in entries if entry.gate is not None])

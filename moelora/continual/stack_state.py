@@ -2,25 +2,21 @@
 
 from typing import Any
 
-from torch import nn
-
-from moelora.continual.continual_stack import ContinualStack
 from moelora.continual.features import HiddenStates
 from moelora.continual.gate_state import check_own, keeps_rows
+from moelora.continual.stack import Stack
 from moelora.continual.stack_manifest import StackEntry, StackManifest
-from moelora.continual.unlearning_stack import UnlearningStack
-from moelora.mixture import find_mixture, is_patched
+from moelora.mixture import find_mixture, root_of
 
 
-def manifest_of(stack: UnlearningStack | ContinualStack) -> StackManifest:
+def manifest_of(stack: Stack) -> StackManifest:
     """A stack as data.
 
     Raises:
         ValueError: for one without experts, one whose model has other experts, features that are not the hidden
             states of its own model, and detectors that are not this package's own.
     """
-    experts, features = stack._experts, stack.features
-    entries = stack.requests if isinstance(stack, UnlearningStack) else stack.tasks
+    experts, features, entries = stack._experts, stack.features, stack._entries
     if not entries:
         raise ValueError("this stack has no experts to save yet, so its model is the base; add one first")
     root, mixture = find_mixture(stack.model)
@@ -30,7 +26,7 @@ def manifest_of(stack: UnlearningStack | ContinualStack) -> StackManifest:
             f"the model's experts are {mixture.names}, those of this stack {names}; experts of a stack come and go by "
             "its own methods alone"
         )
-    if not isinstance(features, HiddenStates) or _root(features.model) is not root:
+    if not isinstance(features, HiddenStates) or root_of(features.model) is not root:
         raise ValueError(
             "the features of this stack are not the hidden states of its own model, and other encoders are not saved "
             "with it; expected features=HiddenStates(model)"
@@ -46,7 +42,7 @@ def manifest_of(stack: UnlearningStack | ContinualStack) -> StackManifest:
             "targets": _plain_targets(experts.targets, list(mixture.layers)),
             "orthogonality": experts.orthogonality,
             "seed": stack.seed,
-            **_own_settings(stack),
+            **stack._own_settings(),
         },
         features={
             "layers": list(features.layers),
@@ -78,19 +74,8 @@ def refuse_features(manifest: StackManifest) -> None:
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _own_settings(stack: UnlearningStack | ContinualStack) -> dict[str, str]:
-    if isinstance(stack, UnlearningStack):
-        router: Any = stack._experts.config.router
-        return {"combine": router.combine, "union": stack.union}
-    return {"routing": stack.routing}
-
-
 def _plain_targets(targets: Any, sites: list[str]) -> "str | list[str]":
     """Targets as JSON values: a predicate as the sites that it chose."""
     if isinstance(targets, str):
         return targets
     return sites if callable(targets) else list(targets)
-
-
-def _root(model: nn.Module) -> nn.Module:
-    return find_mixture(model)[0] if is_patched(model) else model

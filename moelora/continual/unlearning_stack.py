@@ -1,8 +1,6 @@
 """Requests to forget, one after the other, each an expert behind a gate of its own. Begin with UnlearningStack."""
 
-import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -10,18 +8,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moelora.continual.certificate import Certificate
-from moelora.continual.detectors import Detector, Mahalanobis
+from moelora.continual.detectors import Detector
 from moelora.continual.examples import listed, prompts_of
-from moelora.continual.experts import Experts
-from moelora.continual.features import HiddenStates, Windows
-from moelora.continual.gate import UNIONS, Gate, Promise, fit_gate, recalibrate
+from moelora.continual.features import Windows
+from moelora.continual.gate import UNIONS, Gate, Promise, recalibrate
 from moelora.continual.objectives import Objective, default_objective
 from moelora.continual.orthogonality import Orthogonality
-from moelora.continual.reading import read, split
-from moelora.continual.stack_gates import Features, gates_of
+from moelora.continual.stack import Stack
+from moelora.continual.stack_gates import Features
 from moelora.continual.training import Training
-from moelora.gating import set_gates
-from moelora.patch import refuse_patched
 from moelora.routers.gated import Gated
 
 
@@ -55,7 +50,7 @@ class Request:
 
 
 @final
-class UnlearningStack:
+class UnlearningStack(Stack):
     """A model that forgets on request: an expert for each request, which acts only on prompts like the request's.
 
         stack = UnlearningStack(model, rank=8)
@@ -88,11 +83,7 @@ class UnlearningStack:
         ValueError: for an option that is out of range, or a model that is patched already.
     """
 
-    model: nn.Module
-    features: Features
-    detector: Detector
     union: str
-    seed: int
 
     def __init__(
         self,
@@ -108,22 +99,21 @@ class UnlearningStack:
         union: str = "max_statistic",
         seed: int = 0,
     ) -> None:
-        refuse_patched(model)
         if union not in UNIONS:
             raise ValueError(f"unknown union {union!r}; expected one of {UNIONS}")
-        self.model, self.union, self.seed = model, union, seed
-        self.detector = Mahalanobis() if detector is None else detector
-        self.features = HiddenStates(model) if features is None else features
-        self._requests: list[Request] = []
-        self._experts = Experts(
+        super().__init__(
             model,
             router=Gated(combine=combine, mergeable=False),
             rank=rank,
             alpha=alpha,
             targets=targets,
-            orthogonality=Orthogonality(mode=orthogonality) if isinstance(orthogonality, str) else orthogonality,
+            orthogonality=orthogonality,
+            detector=detector,
+            features=features,
             seed=seed,
         )
+        self.union = union
+        self._requests: list[Request] = []
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -186,9 +176,8 @@ class UnlearningStack:
         )
         name = self._experts.new_name(name, "request")
         examples = listed(dataset)
-        fitted, held = split(examples, held_out, self.seed + len(self._requests))
         objective = default_objective(self.model, examples) if objective is None else objective
-        gate = fit_gate(copy.deepcopy(self.detector), self._read(fitted), self._read(held), promise)
+        gate = self._new_gate(examples, held_out, promise, number=len(self._requests))
         gates = recalibrate(
             [*(request.gate for request in self._requests), gate], self._read(calibration), union=self.union
         )
@@ -197,7 +186,7 @@ class UnlearningStack:
         for request, calibrated in zip(self._requests, gates[:-1], strict=True):
             request.gate = calibrated
         self._requests.append(Request(name, gates[-1], made.losses, made.overlap))
-        self._set_gates()
+        self._hand_over_gates()
         return self._requests[-1]
 
     def revoke(self, request: "Request | str") -> None:
@@ -215,7 +204,7 @@ class UnlearningStack:
         self._experts.take_out(name)
         del self._requests[found[0]]
         if self._requests:
-            self._set_gates()
+            self._hand_over_gates()
 
     def distances(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "B E"]:
         """How far each prompt is from each request, each on its own scale; larger is farther.
@@ -232,64 +221,15 @@ class UnlearningStack:
         self._need_requests()
         return self._decide(self.features(prompts_of(batch)))
 
-    def save(self, folder: "str | Path", *, include_features: bool = False) -> None:
-        """Write the mixture with all experts, the gates and the certificates to a folder; `load` reads it.
-
-        The folder holds statistics of what was to be forgotten: keep it as carefully as the data.
-
-        Args:
-            folder: made if it does not exist. A stack that lies there is replaced.
-            include_features: whether detectors may be written that keep features of single texts, such as `Nearest`.
-
-        Raises:
-            ValueError: without requests, with features that are not the model's own hidden states, or a detector that
-                keeps features of single texts without `include_features`. Nothing is written then.
-        """
-        from moelora.continual.stack_folder import save_stack
-
-        save_stack(self, Path(folder), include_features=include_features)
-
-    @classmethod
-    def load(cls, model: nn.Module, folder_or_repo_id: "str | Path", **hub: Any) -> "UnlearningStack":
-        """Put a saved stack on its base model: the same outputs, gates and certificates, bit for bit.
-
-        Args:
-            model: the base model that the stack was made on.
-            folder_or_repo_id: what `save` or `push_to_hub` wrote.
-            hub: `revision`, `token`, `endpoint`, `cache_dir`, `local_files_only`, as in `moelora.load`.
-
-        Raises:
-            ValueError: if it is no stack, or does not fit the model. The model is as it was then.
-        """
-        from moelora.continual.stack_folder import load_stack
-
-        return load_stack(cls, model, folder_or_repo_id, **hub)
-
-    def push_to_hub(self, repo_id: str, *, include_features: bool = False, **options: Any) -> str:
-        """Save the stack with a model card and upload it. A new repository is private unless `private=False`.
-
-        Args:
-            repo_id: on the hub.
-            include_features: as in `save`; whoever may read the repository reads them.
-            options: `private`, `token`, `endpoint`, `commit_message`, `metrics`, as in `moelora.push_to_hub`.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            ValueError: as `save`, and if the hub refuses.
-        """
-        from moelora.continual.stack_folder import push_stack
-
-        return push_stack(self, repo_id, include_features=include_features, **options)
-
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _read(self, dataset: Any) -> Windows:
-        return read(self.features, self._experts.collate, dataset)
+    @property
+    def _entries(self) -> tuple[Request, ...]:
+        return self.requests
 
-    def _set_gates(self) -> None:
-        set_gates(self.model, gates_of(self.model, self.features, self._decide))
+    def _own_settings(self) -> dict[str, str]:
+        router: Any = self._experts.config.router
+        return {"combine": router.combine, "union": self.union}
 
     def _decide(self, windows: Windows) -> Tensor:
         return torch.stack([request.gate.weights(request.gate.distances(windows)) for request in self._requests], dim=1)
