@@ -1,6 +1,6 @@
 """The experts of a stack on their model: put in one by one, trained, frozen, taken out. Begin with Experts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
@@ -35,6 +35,23 @@ class Made:
 
     losses: tuple[float, ...]
     overlap: float
+
+
+def new_name(name: str | None, names: Sequence[str], *, kind: str) -> str:
+    """A name beside others: the given one, or a number behind the kind.
+
+    Raises:
+        ValueError: if it is taken, or cannot be the name of an expert.
+    """
+    if name is None:
+        number = len(names) + 1
+        while f"{kind}-{number}" in names:
+            number += 1
+        return f"{kind}-{number}"
+    check_name(name)
+    if name in names:
+        raise ValueError(f"there is a {kind} {name!r} already; pass another name=")
+    return name
 
 
 @final
@@ -85,21 +102,8 @@ class Experts:
         return list(find_mixture(self.model)[1].names) if is_patched(self.model) else []
 
     def new_name(self, name: str | None, kind: str) -> str:
-        """A name for the next expert: the given one, or a number behind the kind.
-
-        Raises:
-            ValueError: if it is taken, or cannot be the name of an expert.
-        """
-        names = self.names
-        if name is None:
-            number = len(names) + 1
-            while f"{kind}-{number}" in names:
-                number += 1
-            return f"{kind}-{number}"
-        check_name(name)
-        if name in names:
-            raise ValueError(f"there is a {kind} {name!r} already; pass another name=")
-        return name
+        """A name for the next expert; see the function `new_name`."""
+        return new_name(name, self.names, kind=kind)
 
     def make(
         self,

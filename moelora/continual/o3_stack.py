@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moelora.continual.detectors.o3 import O3Code, O3Paper, check_share
 from moelora.continual.examples import listed, prompts_of, row_of
+from moelora.continual.experts import new_name
 from moelora.continual.features import HiddenStates, Windows
 from moelora.continual.o3_adapter import O3Adapter
 from moelora.continual.objectives import Objective, RandomOption
@@ -18,7 +19,6 @@ from moelora.continual.reading import read
 from moelora.continual.stack_gates import Features, gates_of
 from moelora.continual.training import Training
 from moelora.gating import set_gates
-from moelora.integrations.sources import check_name
 from moelora.patch import refuse_patched
 
 Variant = Literal["paper", "code"]
@@ -170,7 +170,7 @@ class O3Stack:
             ValueError: for too few prompts, datasets that do not fit, a name that is taken; if training fails. Model
                 and stack are as they were then.
         """
-        name = self._new_name(name)
+        name = new_name(name, [request.name for request in self._requests], kind="request")
         examples = listed(dataset)
         objective = _o3_objective(examples) if objective is None else objective
         detector = self._new_detector(held_out)
@@ -199,16 +199,6 @@ class O3Stack:
     def _decide(self, windows: Windows) -> Tensor:
         columns = [request.detector.weight(windows.features_WSD) for request in self._requests]
         return torch.stack([-windows.lowest(-weights_W) for weights_W in columns], dim=1)
-
-    def _new_name(self, name: str | None) -> str:
-        names = [request.name for request in self._requests]
-        if name is None:
-            numbers = range(len(names) + 1, 2 * len(names) + 2)
-            return next(f"request-{number}" for number in numbers if f"request-{number}" not in names)
-        check_name(name)
-        if name in names:
-            raise ValueError(f"there is a request {name!r} already; pass another name=")
-        return name
 
     def _new_detector(self, held_out: float | None) -> O3Paper | O3Code:
         detector = copy.deepcopy(self._detector)
