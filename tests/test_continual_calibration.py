@@ -64,6 +64,28 @@ def test_separate_scores_get_one_threshold_midway(guarantee):
     assert (certificate.miss.bound <= 0.05) == (guarantee == "pac")
 
 
+@given(current=st.floats(-8, 16))
+def test_a_threshold_in_force_moves_no_further_than_it_must(current):
+    """Into the interval that both rates allow, whose bounds do not depend on what it was."""
+    lowest = certified_forget_threshold(normal(400, 0.0, seed=0), 0.05)
+    highest = certified_benign_threshold(normal(600, 6.0, seed=1), 0.05)
+    fresh = calibrated(6.0)
+
+    kept = calibrated(6.0, current=current)
+
+    assert kept.tau_lo == kept.tau_hi == sorted([lowest, current, highest])[1]
+    assert (kept.certificate.miss.bound, kept.certificate.fire.bound) == (
+        fresh.certificate.miss.bound,
+        fresh.certificate.fire.bound,
+    )
+
+
+def test_where_both_rates_cannot_be_kept_the_threshold_in_force_does_not_matter():
+    """The policy says where it goes."""
+    for policy in ("protect_forget", "protect_utility", "ramp"):
+        assert calibrated(2.0, on_conflict=policy, current=0.5) == calibrated(2.0, on_conflict=policy)
+
+
 def test_a_kept_rate_is_bounded_by_its_rank_not_by_what_was_seen():
     """The midpoint was chosen by the scores, so that its own count is no fair sample: 12 of 400 are allowed, 3 seen."""
     miss = calibrated(6.0).certificate.miss
@@ -265,7 +287,7 @@ def test_certificate_says_what_is_guaranteed_and_what_is_not():
     assert "Of forget inputs, at most 5 % meet a gate that is not fully open, with 95 % confidence" in kept
     assert "3 seen and 12 allowed among 400" in kept
     assert "both hold together with at least 90 %" in kept
-    assert "midway" in kept
+    assert "Both rates are kept by one threshold" in kept
     assert "NOT KEPT" not in kept
     # rank 381 of 400 leaves 19 above
     bound = f"{100 * upper_bound(19, 400):.3g} %"
@@ -340,6 +362,26 @@ def test_max_statistic_keeps_the_rate_of_the_union_where_single_gates_do_not():
     assert careless > 0.3
     assert gates[0].certificate.requests == 10
     assert gates[0].certificate.union_fire_bound <= 0.05
+
+
+def test_max_statistic_keeps_the_rate_of_the_union_with_thresholds_that_stay():
+    """Requests come one after the other, each threshold as open as its turn allowed, on the same benign inputs."""
+    count, requests = 2000, 5
+    benign = [normal(2 * count, 5.0, seed=100 + number) for number in range(requests)]
+    forget = [normal(300, 0.0, seed=number) for number in range(requests)]
+    thresholds: list[float] = []
+    for step in range(1, requests + 1):
+        together_N = max_statistic([scores_N[:count] for scores_N in benign[:step]])
+        options = {"max_miss": 0.05, "max_fire": 0.05, "requests": step}
+        # the last order statistic that is allowed, as if the midpoint had been there
+        thresholds.append(certified_benign_threshold(together_N, 0.05))
+        thresholds = [
+            calibrate(own_N, together_N, current=current, **options).tau_hi
+            for own_N, current in zip(forget, thresholds, strict=False)
+        ]
+
+    fired = [scores_N[count:] <= threshold for scores_N, threshold in zip(benign, thresholds)]
+    assert 0.02 < torch.stack(fired).any(0).double().mean() <= 0.05
 
 
 def test_union_of_certificates_adds_bounds_and_doubts():

@@ -15,11 +15,13 @@ from moelora.continual.detectors import (
     O3Code,
     O3Paper,
     RelativeMahalanobis,
+    RelativeNearest,
     SumOf,
     detector_from_state,
 )
 from moelora.continual.detectors.base import Detector
 from moelora.continual.detectors.folds import cross_fitted, fold_of
+from moelora.continual.detectors.nearest import nearest_terms
 from moelora.continual.detectors.o3_layers import O3Layers
 from moelora.testing.detector_contract import detector_contract
 
@@ -34,10 +36,14 @@ def unit(shape, seed=0):
     return torch.nn.functional.normalize(torch.randn(shape, generator=generator) * scale_D + offset_SD, dim=-1)
 
 
+def benign_rows(layers, width):
+    """All over the sphere."""
+    return torch.randn(40, layers, width, generator=torch.Generator().manual_seed(1))
+
+
 def background(layers, width):
-    """Benign rows, all over the sphere."""
-    benign_NSD = torch.randn(40, layers, width, generator=torch.Generator().manual_seed(1))
-    return LayerGaussians.fit(benign_NSD)
+    """Of benign rows."""
+    return LayerGaussians.fit(benign_rows(layers, width))
 
 
 # --- the contract -----------------------------------------------------------------------------------------------------
@@ -48,7 +54,11 @@ STANDARDISED = {
     "nearest": lambda layers, width: Nearest(),
     "sum": lambda layers, width: SumOf(Mahalanobis(), Nearest()),
     "relative": lambda layers, width: RelativeMahalanobis(background(layers, width)),
+    "relative nearest": lambda layers, width: RelativeNearest(benign_rows(layers, width)),
     "sum with relative": lambda layers, width: SumOf(RelativeMahalanobis(background(layers, width)), Nearest()),
+    "sum of both relatives": lambda layers, width: SumOf(
+        RelativeMahalanobis(background(layers, width)), RelativeNearest(benign_rows(layers, width), neighbours=3)
+    ),
 }
 
 
@@ -203,7 +213,7 @@ def test_nearest_by_hand():
     """Two neighbours: 1 - mean of the two largest cosines, here (1 + 0.6) / 2."""
     bank_NSD = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-1.0, 0.0]])[:, None]
 
-    terms_BS = Nearest(neighbours=2)._terms(bank_NSD)(torch.tensor([[[5.0, 0.0]]]))
+    terms_BS = nearest_terms(bank_NSD, 2, 5)(torch.tensor([[[5.0, 0.0]]]))
 
     torch.testing.assert_close(terms_BS, torch.tensor([[0.2]], dtype=torch.float64), rtol=0, atol=1e-7)
 
@@ -236,6 +246,50 @@ def test_relative_subtracts_the_background():
     torch.testing.assert_close(ratio_B, ratio_B[:1].expand(5), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match=r"\(1, 12\), the request \(2, 12\)"):
         RelativeMahalanobis(benign).fit(unit((30, 2, 12)))
+
+
+def test_relative_nearest_is_a_difference_of_mean_cosines():
+    """Standardised, so the difference up to one scale and offset; by hand, with one layer."""
+    benign_MD, fit_ND, ask_BD = (
+        rows[:, 0].double() for rows in (benign_rows(1, 12), unit((30, 1, 12)), unit((6, 1, 12), 1))
+    )
+
+    scores_B = RelativeNearest(benign_MD[:, None], neighbours=2).fit(fit_ND[:, None]).score(ask_BD[:, None])
+
+    unit_MD = torch.nn.functional.normalize(benign_MD, dim=-1)
+    near_B, benign_B = ((ask_BD @ rows.mT).topk(2).values.mean(-1) for rows in (fit_ND, unit_MD))
+    plain_B = (benign_B - near_B).float()
+    ratio_B = (scores_B - scores_B[0])[1:] / (plain_B - plain_B[0])[1:]
+    torch.testing.assert_close(ratio_B, ratio_B[:1].expand(5), rtol=1e-3, atol=1e-3)
+
+
+def test_relative_nearest_follows_borders_that_one_gaussian_cannot():
+    """The request is on both sides of the benign text: its mean is in the middle of it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def around(*angles):
+        angle_N = torch.tensor(angles).repeat(40) + 0.03 * torch.randn(40 * len(angles), generator=generator)
+        return torch.stack([angle_N.cos(), angle_N.sin(), torch.ones_like(angle_N)], dim=-1)[:, None]
+
+    benign_MSD, fit_NSD = around(0.0), around(-0.4, 0.4)
+    detector = RelativeNearest(benign_MSD).fit(fit_NSD)
+
+    assert detector.score(around(-0.4, 0.4)).max() < detector.score(around(0.0)).min()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RelativeNearest(torch.randn(3, 1, 4), neighbours=4), "benign rows, 3, got 4"),
+        (lambda: RelativeNearest(torch.full((9, 1, 4), torch.nan)), "finite"),
+        (lambda: RelativeNearest(torch.randn(9, 1, 4)).fit(unit((30, 2, 4))), r"\(1, 4\), the request \(2, 4\)"),
+        (lambda: RelativeNearest(torch.randn(9, 1, 4), neighbours=9).fit(unit((10, 1, 4))), "add rows"),
+    ],
+)
+def test_relative_nearest_refuses(build, message):
+    """Too few rows, and features that do not fit."""
+    with pytest.raises(ValueError, match=message):
+        build()
 
 
 @pytest.mark.filterwarnings(LOUD)

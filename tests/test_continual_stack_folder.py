@@ -21,6 +21,7 @@ from moelora.continual import (
     Nearest,
     Orthogonality,
     RelativeMahalanobis,
+    RelativeNearest,
     SumOf,
     UnlearningStack,
 )
@@ -84,6 +85,24 @@ def relative() -> RelativeMahalanobis:
     return RelativeMahalanobis(LayerGaussians.fit(background_NSD))
 
 
+def relative_nearest() -> RelativeNearest:
+    """One that is made with rows of benign text."""
+    background_MSD = torch.randn(20, 2, 32, generator=torch.Generator().manual_seed(0))
+    return RelativeNearest(background_MSD, neighbours=2)
+
+
+def test_a_recipe_with_rows_is_saved_knowingly(tmp_path):
+    """Also where no gate was fitted with it."""
+    stack = made()
+    stack.detector = relative_nearest()
+
+    with pytest.raises(ValueError, match=r"coming requests.*include_features=True"):
+        stack.save(tmp_path / "stack")
+
+    stack.save(tmp_path / "stack", include_features=True)
+    assert_same(UnlearningStack.load(tiny.model("llama"), tmp_path / "stack"), stack)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -92,9 +111,10 @@ def relative() -> RelativeMahalanobis:
         {"orthogonality": "basis", "detector": Mahalanobis(folds=3, seed=2, directions=3)},
         {"targets": "auto", "detector": relative()},
         {"targets": ["o_proj"], "detector": SumOf(relative(), SumOf(Mahalanobis(), Nearest(neighbours=2)))},
+        {"targets": ["o_proj"], "detector": SumOf(relative(), relative_nearest())},
         {"detector": O3Code("tofu")},
     ],
-    ids=["union", "penalty", "basis", "relative", "sum", "o3"],
+    ids=["union", "penalty", "basis", "relative", "sum", "rows", "o3"],
 )
 def test_all_options_come_back(options, tmp_path):
     """The next request has the same rank, scale, sites, seeds and detector, so it gets the same expert."""

@@ -171,6 +171,18 @@ def test_the_certificate_speaks_of_all_requests(forgetful):
     assert stack.requests[0].overlap == 0 < stack.requests[1].overlap < 1
 
 
+def test_a_threshold_stays_while_the_rate_of_all_allows_it():
+    """What an earlier request was promised and given is not taken away by a later one that has room of its own."""
+    stack = UnlearningStack(tiny.model("llama").eval(), rank=2)
+    first = stack.forget(texts(FORGET, 320), calibration=BENIGN_TEXTS, training=QUICK)
+    before = first.certificate
+    second = stack.forget(texts(OTHER, 320), calibration=BENIGN_TEXTS, training=QUICK)
+    after = first.certificate
+    assert (before.tau_hi, before.miss) == (after.tau_hi, after.miss)
+    assert after.requests == 2
+    assert after.union_fire_bound == second.certificate.union_fire_bound <= 0.05
+
+
 def test_spending_leaves_earlier_thresholds_and_adds_up():
     """No earlier gate is calibrated again; bounds and doubts add up."""
     stack = UnlearningStack(tiny.model("llama").eval(), rank=2, union="spending")

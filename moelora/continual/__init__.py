@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moelora.continual.detectors import Mahalanobis as Mahalanobis
     from moelora.continual.detectors import Nearest as Nearest
     from moelora.continual.detectors import RelativeMahalanobis as RelativeMahalanobis
+    from moelora.continual.detectors import RelativeNearest as RelativeNearest
     from moelora.continual.detectors import SumOf as SumOf
     from moelora.continual.examples import Collate as Collate
     from moelora.continual.features import ExternalEncoder as ExternalEncoder
@@ -52,6 +53,7 @@ _HOMES = {
     "RandomOption": "objectives",
     "Refusal": "objectives",
     "RelativeMahalanobis": "detectors",
+    "RelativeNearest": "detectors",
     "Request": "unlearning_stack",
     "SimNPO": "objectives",
     "SumOf": "detectors",

@@ -61,12 +61,14 @@ def calibrate(
     guarantee: str = "pac",
     on_conflict: str = "raise",
     requests: int = 1,
+    current: float | None = None,
 ) -> Calibration:
     """Thresholds that keep the miss rate and the fire rate, or an error.
 
     tau_U is the smallest threshold that misses few enough forget inputs, tau_B the largest that fires on few enough
-    benign ones. If tau_U <= tau_B, both rates are kept by one hard threshold, the midpoint: each set gets half of the
-    gap. Otherwise they overlap, and `on_conflict` says what gives way. Which of the two it is costs no confidence.
+    benign ones. If tau_U <= tau_B, both rates are kept by any hard threshold between them: by the midpoint, where each
+    set gets half of the gap, or by one that is in force already. Otherwise they overlap, and `on_conflict` says what
+    gives way. Which of the two it is costs no confidence.
 
     Args:
         forget_scores_N: distances of held-out inputs of the request, seen by nothing that made the detector.
@@ -80,6 +82,7 @@ def calibrate(
             falls linearly from tau_B to tau_U, which keeps neither rate.
         requests: of how many requests the benign scores are the `max_statistic`: their fire rate is then that of the
             union, as long as no request goes beyond tau_B.
+        current: a threshold in force. It stays where both rates can be kept by it, and moves no further than they ask.
 
     Raises:
         ValueError: if the scores are too few for a rate (saying how many it takes), not finite, or in conflict with no
@@ -109,7 +112,7 @@ def calibrate(
     # what both allow together
     if tau_U <= tau_B:
         outcome = "both_kept"
-        tau_lo = tau_hi = tau_U + (tau_B - tau_U) / 2
+        tau_lo = tau_hi = tau_U + (tau_B - tau_U) / 2 if current is None else min(max(current, tau_U), tau_B)
     elif on_conflict == "protect_forget":
         outcome = on_conflict
         tau_lo = tau_hi = tau_U

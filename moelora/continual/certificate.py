@@ -156,8 +156,8 @@ _UNION = (
 )
 
 _OUTCOME = {
-    "both_kept": "Both rates are kept by one threshold, midway between the smallest that keeps the first and the "
-    "largest that keeps the second: the gate is open at a distance of at most {lo:.6g} and closed above.",
+    "both_kept": "Both rates are kept by one threshold, between the smallest that keeps the first and the largest that "
+    "keeps the second: the gate is open at a distance of at most {lo:.6g} and closed above.",
     "protect_forget": "The scores overlap, so only the first rate is kept: the gate is open at a distance of at most "
     "{lo:.6g} and closed above.",
     "protect_utility": "The scores overlap, so only the second rate is kept: the gate is open at a distance of at "

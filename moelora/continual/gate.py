@@ -97,7 +97,8 @@ def fit_gate(detector: Detector, request: Windows, held: Windows, promise: Promi
 def recalibrate(gates: Sequence[Gate], benign: Windows, *, union: str) -> list[Gate]:
     """The gates with thresholds that keep their promises together, the last of them being new.
 
-    "max_statistic" calibrates all gates on the benign prompts' distance to the closest request. "spending" leaves the
+    "max_statistic" calibrates all gates on the benign prompts' distance to the closest request; the threshold of an
+    earlier gate moves only where, and only as far as, the rate of them all asks for it. "spending" leaves the
     thresholds of earlier gates as they are, calibrates the new one for its share of the fire rate, and adds up.
 
     Args:
@@ -143,4 +144,12 @@ def _calibration(gate: Gate, promise: Promise, benign_M: Tensor, *, requests: in
         guarantee=promise.guarantee,
         on_conflict=promise.on_conflict,
         requests=requests,
+        current=_hard_threshold(gate),
     )
+
+
+def _hard_threshold(gate: Gate) -> float | None:
+    """The one in force; None for a new gate, or one with a ramp, which keeps neither rate."""
+    if gate.calibration is None or gate.calibration.tau_lo < gate.calibration.tau_hi:
+        return None
+    return gate.calibration.tau_hi

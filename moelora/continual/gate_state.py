@@ -14,10 +14,10 @@ from torch import Tensor
 from moelora.continual.calibration import ON_CONFLICT, Calibration, ramp
 from moelora.continual.certificate import GUARANTEES, Certificate
 from moelora.continual.conformal import check_rate
-from moelora.continual.detectors import Detector, RelativeMahalanobis, SumOf
+from moelora.continual.detectors import Detector, SumOf
 from moelora.continual.detectors.base import DetectorState
 from moelora.continual.detectors.kinds import KINDS, detector_from_state, kind_of
-from moelora.continual.detectors.parts import AXES, tensors_of, within
+from moelora.continual.detectors.parts import AXES, within
 from moelora.continual.gate import Gate, Promise
 from moelora.continual.plain_values import check_names, check_type, checked, expect, is_whole
 from moelora.continual.union import Standard
@@ -81,7 +81,7 @@ def gate_from(values: Any, tensors: Mapping[str, Tensor], what: str) -> Gate:
 
 def recipe_state(detector: Detector) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A detector that need not be fitted, as JSON values and the tensors that it was made with."""
-    return {"kind": detector.kind, "settings": detector._settings()}, _made_with(detector)
+    return {"kind": detector.kind, "settings": detector._settings()}, detector._given()
 
 
 def recipe_from(values: Any, tensors: Mapping[str, Tensor], what: str) -> Detector:
@@ -106,9 +106,14 @@ def check_own(detector: Detector) -> None:
             )
 
 
-def keeps_rows(detector: Detector) -> bool:
-    """Whether a fitted detector keeps features of single rows, as tensors with an axis N, and not only sums of them."""
-    return any("N" in _axes(name) for name in detector.state().tensors)
+def keeps_rows(gate: Gate) -> bool:
+    """Whether a gate's detector keeps features of single rows, and not only sums over them."""
+    return _of_rows(gate.detector.state().tensors)
+
+
+def recipe_keeps_rows(detector: Detector) -> bool:
+    """Whether one was made with features of single rows; what it may be fitted to is no part of its recipe."""
+    return _of_rows(detector._given())
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
@@ -171,17 +176,8 @@ def _with_parts(detector: Detector) -> Iterable[Detector]:
             yield from _with_parts(part)
 
 
-def _made_with(detector: Detector) -> dict[str, Tensor]:
-    """Tensors that the constructor was given, under the names by which `_from_settings` finds them."""
-    if isinstance(detector, RelativeMahalanobis):
-        return {f"background.{name}": tensor for name, tensor in tensors_of(detector.background).items()}
-    if isinstance(detector, SumOf):
-        return {
-            f"{number}.{name}": tensor
-            for number, part in enumerate(detector.parts)
-            for name, tensor in _made_with(part).items()
-        }
-    return {}
+def _of_rows(names: Iterable[str]) -> bool:
+    return any({"N", "M"} & set(_axes(name)) for name in names)
 
 
 def _axes(name: str) -> str:

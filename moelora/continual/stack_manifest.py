@@ -19,7 +19,7 @@ from torch import Tensor
 from moelora.continual.detectors import Detector
 from moelora.continual.detectors.parts import within
 from moelora.continual.gate import Gate
-from moelora.continual.gate_state import gate_from, gate_state, keeps_rows, recipe_from, recipe_state
+from moelora.continual.gate_state import gate_from, gate_state, keeps_rows, recipe_from, recipe_keeps_rows, recipe_state
 from moelora.continual.orthogonality import Orthogonality
 from moelora.continual.plain_values import check_names, check_type, checked, expect, is_number, is_whole
 from moelora.folder import TENSORS_NAME
@@ -204,7 +204,7 @@ def _check_entries(manifest: StackManifest) -> None:
     calibrated = sum(gate.calibration is not None for gate in gates)
     allowed = {len(gates)} if manifest.kind == "UnlearningStack" else {0, len(gates)}
     expect(calibrated in allowed, "certificates", f"{max(allowed)} for {len(gates)} gates", calibrated)
-    rows = any(keeps_rows(gate.detector) for gate in gates)
+    rows = recipe_keeps_rows(manifest.recipe) or any(map(keeps_rows, gates))
     expect(manifest.holds_features is rows, "holds_features", str(rows).lower(), manifest.holds_features)
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moelora.continual.features import HiddenStates
-from moelora.continual.gate_state import check_own, keeps_rows
+from moelora.continual.gate_state import check_own, keeps_rows, recipe_keeps_rows
 from moelora.continual.stack import Stack
 from moelora.continual.stack_manifest import StackEntry, StackManifest
 from moelora.mixture import find_mixture, root_of
@@ -55,7 +55,7 @@ def manifest_of(stack: Stack) -> StackManifest:
             StackEntry(name=entry.name, gate=entry.gate, losses=entry.losses, overlap=entry.overlap)
             for entry in entries
         ),
-        holds_features=any(keeps_rows(gate.detector) for gate in gates),
+        holds_features=recipe_keeps_rows(stack.detector) or any(map(keeps_rows, gates)),
     )
 
 
@@ -63,11 +63,11 @@ def refuse_features(manifest: StackManifest) -> None:
     """Raise ValueError if a detector keeps features of single texts."""
     if not manifest.holds_features:
         return
-    names = [entry.name for entry in manifest.entries if entry.gate is not None and keeps_rows(entry.gate.detector)]
+    names = [entry.name for entry in manifest.entries if entry.gate is not None and keeps_rows(entry.gate)]
     raise ValueError(
-        f"the detectors of {names} keep features of single texts that they were fitted to, by which whoever has the "
-        "folder can tell what these were. Use Mahalanobis, which keeps statistics only, and fewer of them with "
-        "directions=; or save the features knowingly with include_features=True"
+        f"the detectors of {names or 'coming requests'} keep features of single texts that they were made of, by which "
+        "whoever has the folder can tell what these were. Use Mahalanobis, which keeps statistics only, and fewer of "
+        "them with directions=; or save the features knowingly with include_features=True"
     )
 
 

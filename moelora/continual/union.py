@@ -3,7 +3,8 @@
 A benign input is disturbed if *any* gate opens. Four independent gates with a fire rate of 5 % disturb 19 % of benign
 inputs. Two ways to bound the union:
 
-- `max_statistic`: calibrate on the benign inputs' distance to the closest request, again after each new one.
+- `max_statistic`: calibrate on the benign inputs' distance to the closest request, again after each new one. A
+  threshold that still keeps the rate stays.
 - `union_fire_spending`: give the requests of an open-ended stream shares of one rate, and never calibrate again.
 
 Misses are bounded for each request by its own forget scores, either way.

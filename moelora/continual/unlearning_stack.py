@@ -140,8 +140,8 @@ class UnlearningStack(Stack):
         """Carry out a request: fit and calibrate its gate, then train its expert, and freeze it.
 
         The gates come first, so what the samples do not support is refused before the model is changed. With
-        union="max_statistic" the thresholds of earlier requests are calibrated anew, on these benign texts; their
-        promised miss rates go on to hold.
+        union="max_statistic" earlier requests are calibrated anew, on these benign texts: their promised miss rates go
+        on to hold, and their thresholds move no further than the fire rate of all asks.
 
         Args:
             dataset: what to forget; see `moelora.continual.examples`. The gate reads prompts alone, the expert is

@@ -4,7 +4,8 @@
     scores_B = detector.score(features_BSD)             # larger = farther
 
 `Mahalanobis` keeps a mean and a shrunk covariance; `Nearest` keeps the features themselves; `SumOf` adds the two;
-`RelativeMahalanobis` also knows benign text. `O3Paper` and `O3Code` are there to trace published tables.
+`RelativeMahalanobis` and `RelativeNearest` also know benign text. `O3Paper` and
+`O3Code` are there to trace published tables.
 """
 
 from moelora.continual.detectors.base import Detector as Detector
@@ -16,6 +17,7 @@ from moelora.continual.detectors.nearest import Nearest as Nearest
 from moelora.continual.detectors.o3 import O3Code as O3Code
 from moelora.continual.detectors.o3 import O3Paper as O3Paper
 from moelora.continual.detectors.relative import RelativeMahalanobis as RelativeMahalanobis
+from moelora.continual.detectors.relative_nearest import RelativeNearest as RelativeNearest
 from moelora.continual.detectors.sum_of import SumOf as SumOf
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "O3Code",
     "O3Paper",
     "RelativeMahalanobis",
+    "RelativeNearest",
     "SumOf",
     "detector_from_state",
 ]

@@ -128,6 +128,10 @@ class Detector(ABC):
     def _settings(self) -> dict[str, Any]:
         """The constructor's arguments as JSON values."""
 
+    def _given(self) -> dict[str, Tensor]:
+        """Tensors that the constructor was given, under the names by which `_from_settings` finds them."""
+        return {}
+
     @abstractmethod
     def _restore(self, tensors: Mapping[str, Tensor]) -> Any:
         """What `_fit` returned, from its tensors."""

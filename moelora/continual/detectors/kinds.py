@@ -5,10 +5,11 @@ from moelora.continual.detectors.mahalanobis import Mahalanobis
 from moelora.continual.detectors.nearest import Nearest
 from moelora.continual.detectors.o3 import O3Code, O3Paper
 from moelora.continual.detectors.relative import RelativeMahalanobis
+from moelora.continual.detectors.relative_nearest import RelativeNearest
 from moelora.continual.detectors.sum_of import SumOf
 
 KINDS: dict[str, type[Detector]] = {
-    kind.kind: kind for kind in (Mahalanobis, Nearest, SumOf, RelativeMahalanobis, O3Paper, O3Code)
+    kind.kind: kind for kind in (Mahalanobis, Nearest, SumOf, RelativeMahalanobis, RelativeNearest, O3Paper, O3Code)
 }
 """The detectors of this package by the names in their states."""
 

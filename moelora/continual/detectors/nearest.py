@@ -51,11 +51,14 @@ class Nearest(Detector):
         self.neighbours, self.folds, self.seed = neighbours, folds, seed
 
     def _fit(self, features_NSD: Tensor, row_N: Tensor) -> FittedNearest:
-        standard = cross_fitted(self._terms, features_NSD, row_N, folds=self.folds, seed=self.seed)
+        def fit(kept_NSD: Tensor) -> Terms:
+            return nearest_terms(kept_NSD, self.neighbours, self.folds)
+
+        standard = cross_fitted(fit, features_NSD, row_N, folds=self.folds, seed=self.seed)
         return FittedNearest(bank_NSD=unit_length(features_NSD).float(), standard=standard)
 
     def _score(self, fitted: FittedNearest, features_BSD: Tensor) -> Tensor:
-        return fitted.standard.total(self._terms(fitted.bank_NSD)(features_BSD))
+        return fitted.standard.total(nearest_terms(fitted.bank_NSD, self.neighbours, self.folds)(features_BSD))
 
     def _settings(self) -> dict[str, Any]:
         return {"neighbours": self.neighbours, "folds": self.folds, "seed": self.seed}
@@ -63,18 +66,24 @@ class Nearest(Detector):
     def _restore(self, tensors: Mapping[str, Tensor]) -> FittedNearest:
         return part_from(FittedNearest, tensors)
 
-    def _terms(self, bank_NSD: Tensor) -> Terms:
-        if len(bank_NSD) < self.neighbours:
-            raise ValueError(
-                f"{self.neighbours} neighbours need as many rows in every {self.folds - 1} of {self.folds} folds, "
-                f"got {len(bank_NSD)}; add rows or take fewer neighbours"
-            )
 
-        def terms(features_BSD: Tensor) -> Tensor:
-            columns = []
-            for layer in range(bank_NSD.shape[1]):
-                cosine_BN = unit_length(features_BSD[:, layer]) @ unit_length(bank_NSD[:, layer]).mT
-                columns.append(1 - cosine_BN.topk(self.neighbours, dim=-1).values.mean(-1))
-            return torch.stack(columns, dim=-1)
+def nearest_terms(bank_NSD: Float[Tensor, "N S D"], neighbours: int, folds: int) -> Terms:
+    """1 - mean of the largest cosines with these rows, of each row and layer; for a fit with so many folds.
 
-        return terms
+    Raises:
+        ValueError: for fewer rows than neighbours.
+    """
+    if len(bank_NSD) < neighbours:
+        raise ValueError(
+            f"{neighbours} neighbours need as many rows in every {folds - 1} of {folds} folds, got {len(bank_NSD)}; "
+            "add rows or take fewer neighbours"
+        )
+
+    def terms(features_BSD: Tensor) -> Tensor:
+        columns = []
+        for layer in range(bank_NSD.shape[1]):
+            cosine_BN = unit_length(features_BSD[:, layer]) @ unit_length(bank_NSD[:, layer]).mT
+            columns.append(1 - cosine_BN.topk(neighbours, dim=-1).values.mean(-1))
+        return torch.stack(columns, dim=-1)
+
+    return terms

@@ -9,7 +9,7 @@ from torch import Tensor
 from moelora.continual.detectors.base import Detector
 from moelora.continual.detectors.folds import Standard, Terms, check_folds, cross_fitted
 from moelora.continual.detectors.gaussian import LayerGaussians
-from moelora.continual.detectors.parts import moved, part_from, within
+from moelora.continual.detectors.parts import moved, part_from, tensors_of, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,9 @@ class RelativeMahalanobis(Detector):
 
     def _settings(self) -> dict[str, Any]:
         return {"folds": self.folds, "seed": self.seed}
+
+    def _given(self) -> dict[str, Tensor]:
+        return {f"background.{name}": tensor for name, tensor in tensors_of(self.background).items()}
 
     def _restore(self, tensors: Mapping[str, Tensor]) -> FittedRelative:
         return part_from(FittedRelative, tensors)

@@ -37,6 +37,13 @@ class SumOf(Detector):
     def _settings(self) -> dict[str, Any]:
         return {"parts": [{"kind": part.kind, "settings": part._settings()} for part in self.parts]}
 
+    def _given(self) -> dict[str, Tensor]:
+        return {
+            f"{number}.{name}": tensor
+            for number, part in enumerate(self.parts)
+            for name, tensor in part._given().items()
+        }
+
     def _restore(self, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
         return tuple(part._restore(within(tensors, str(number))) for number, part in enumerate(self.parts))
 
