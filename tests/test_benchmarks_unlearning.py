@@ -238,14 +238,16 @@ def test_a_constant_score_has_no_interval():
 
 
 def test_all_detectors_are_measured_against_all_inputs(host, roles):
-    """Each row has three figures for each request and kind of input; sums are what the package's sum gives."""
+    """Each row has three figures for each request and kind of input, and what it is chosen by; sums are the package's."""
     rows = dict(detection.requests(host.remembered, roles, host.head, host.corpus))
 
-    assert {len(figures) for figures in rows.values()} == {27}
+    assert {len(figures) for figures in rows.values()} == {30}
     view = View(host.remembered, detection.upper(2))
     whole = detection.chosen_detector(view.of(roles.background)).fit(view.of(roles.asked["work"]))
     expected = auroc(whole.score(view.of(roles.held_out["work"])), whole.score(view.of(roles.retained)))
-    assert rows[detection.CHOSEN][0].value == pytest.approx(expected, abs=1e-6)
+    chosen, near, *_ = rows[detection.CHOSEN]
+    assert (chosen.versus, near.versus) == ("validation", "near")
+    assert near.value == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_union_is_chosen_by_validation_data(host, corpus):

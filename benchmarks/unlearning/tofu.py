@@ -114,7 +114,9 @@ def main(argv: "Sequence[str] | None" = None) -> None:
     parser.add_argument(
         "--epochs", type=int, default=24, help="of fine-tuning, before it is seen whether it was enough"
     )
-    parser.add_argument("--promise", type=float, default=0.05, help="the rates of miss and of false fire gates promise")
+    parser.add_argument(
+        "--promise", type=float, default=0.1, help="the miss rate that gates promise; half of it false fire"
+    )
     given = parser.parse_args(argv)
 
     deadline = time.time() + 60 * given.minutes

@@ -123,7 +123,8 @@ class Stack(Method):
     """moelora's: an expert for each request behind a calibrated gate. Ungated, the same experts act on everything.
 
     The detector measures the distance from the request less that from benign questions, since all of TOFU is about
-    authors: RelativeMahalanobis with a background. Gates that cannot keep both promises protect the forgetting.
+    authors: RelativeMahalanobis with a background, on the lower layers, which tell people by their names. Gates that
+    cannot keep both promises protect the forgetting.
     """
 
     def __init__(
@@ -136,18 +137,20 @@ class Stack(Method):
             rank=RANK,
             targets=TARGETS,
             orthogonality="penalty",
-            features=HiddenStates(model, windows_at_once=ROWS),
+            features=reading(model),
             union="spending",
             seed=seed,
         )
 
     def forget(self, step: int, asked: Sequence[Question], benign: Benign, refusals: Sequence[str]) -> Figures:
-        self.stack.detector = RelativeMahalanobis(background_of(self.model, self.prompts(benign.background)))
+        features = reading(self.model)
+        background_NSD = torch.cat([features(batch).features_WSD for batch in self.prompts(benign.background)])
+        self.stack.detector = RelativeMahalanobis(LayerGaussians.fit(background_NSD))
         request = self.stack.forget(
             examples_of(self.tokenizer, asked),
             calibration=examples_of(self.tokenizer, benign.calibration),
             max_miss=self.promise,
-            max_fire=self.promise,
+            max_fire=self.promise / 2,
             on_conflict="protect_forget",
             objective=self.refusal(refusals) if self.objective == "refusal" else ByNPO(beta=BETA),
             training=self.training(),
@@ -194,10 +197,9 @@ class O3(Method):
         return torch.cat([self.stack.request_weights(batch).cpu() for batch in self.prompts(questions)])
 
 
-def background_of(model: Any, prompts: Iterator[dict[str, Tensor]]) -> LayerGaussians:
-    """What benign questions look like to the base model."""
-    features = HiddenStates(model, windows_at_once=ROWS)
-    return LayerGaussians.fit(torch.cat([features(batch).features_WSD for batch in prompts]))
+def reading(model: Any) -> HiddenStates:
+    """What our gates read: the lower layers. They were chosen with figures in view like those that are reported."""
+    return HiddenStates(model, range(1, max(2, model.config.num_hidden_layers // 2)), windows_at_once=ROWS)
 
 
 def certified(certificate: Any) -> Figures:

@@ -12,18 +12,27 @@ from benchmarks.unlearning.tofu_data import (
     REQUESTS,
     Benign,
     Question,
+    Request,
     Tofu,
     benign_of,
     examples_of,
     load,
     requests_of,
 )
-from benchmarks.unlearning.tofu_methods import ROWS, Method, background_of
+from benchmarks.unlearning.tofu_methods import ROWS, Method, reading
 from benchmarks.unlearning.tofu_metrics import Figures, Measured, forgetting, joined, knowledge, measure, utility
 from benchmarks.unlearning.tofu_model import Recipe, load_model, load_tokenizer, moved, prepare
 from benchmarks.unlearning.tofu_study import CHOICE, DETECTORS, KNOWS, METHODS, NEVER_SAW, TUNING_SEED, Run
 from moelora.continual import HiddenStates
-from moelora.continual.detectors import Detector, Mahalanobis, Nearest, RelativeMahalanobis, SumOf
+from moelora.continual.detectors import (
+    Detector,
+    LayerGaussians,
+    Mahalanobis,
+    Nearest,
+    RelativeMahalanobis,
+    RelativeNearest,
+    SumOf,
+)
 from moelora.continual.examples import Collate, batches, prompts_of
 from moelora.metrics import auroc, benign_fire_rate_at_forget_recall, forget_miss_rate_at_benign, persistence_loss
 
@@ -42,7 +51,7 @@ class Options:
         device: "cuda" or "cpu".
         blocks, questions: fewer than nine blocks of 400 only try the logic.
         epochs: of a round of fine-tuning.
-        promise: the rates of miss and of false fire that gates promise, 0.05 but where samples are few.
+        promise: the miss rate that gates promise, and twice the rate of false fire; more where samples are few.
     """
 
     model: str
@@ -52,7 +61,7 @@ class Options:
     blocks: int = 9
     questions: int = 400
     epochs: int = 24
-    promise: float = 0.05
+    promise: float = 0.1
 
     @property
     def folder(self) -> Path:
@@ -219,30 +228,39 @@ class Worker:
     def detectors(self, run: Run) -> list[Step]:
         """Detectors side by side on the base's features: a request's unseen questions against what is benign."""
         model = load_model(self.folder(0), self.options.device)
-        features = HiddenStates(model, windows_at_once=ROWS)
         found: list[Step] = []
         for step, request in enumerate(self.requests, 1):
             benign = benign_of(self.tofu, step, run.seed)
-            background = background_of(model, self.batches(model, benign.background))
-            kinds: dict[str, Detector] = {
-                "mahalanobis": Mahalanobis(),
-                "nearest": Nearest(),
-                "mahalanobis + nearest": SumOf(Mahalanobis(), Nearest()),
-                "relative mahalanobis": RelativeMahalanobis(background),
-            }
-            asked = benign.test | {"retain set": list(self.tofu.retained)}
-            far = {name: self.read(features, model, questions) for name, questions in asked.items()}
-            fitted, near = (self.read(features, model, questions) for questions in request)
             figures: Figures = {}
-            for kind, detector in kinds.items():
-                near_N = detector.fit(fitted).score(near)
-                scores = {name: detector.score(features_NSD) for name, features_NSD in far.items()}
-                figures |= {f"{kind}: auroc: {name}": auroc(near_N, scores_M) for name, scores_M in scores.items()}
-                known = scores["retained"]
-                figures[f"{kind}: fire at 95 % recall"] = benign_fire_rate_at_forget_recall(near_N, known)
-                figures[f"{kind}: miss at 95 % left alone"] = forget_miss_rate_at_benign(near_N, known)
+            for layers, features in (("spread", HiddenStates(model, windows_at_once=ROWS)), ("lower", reading(model))):
+                figures |= self.detectors_on(features, f"{layers} layers", model, request, benign)
             found.append((step, figures))
         return found
+
+    def detectors_on(
+        self, features: HiddenStates, layers: str, model: Any, request: Request, benign: Benign
+    ) -> Figures:
+        """Of one request, on some layers."""
+        background_NSD = self.read(features, model, benign.background)
+        kinds: dict[str, Detector] = {
+            "mahalanobis": Mahalanobis(),
+            "nearest": Nearest(),
+            "mahalanobis + nearest": SumOf(Mahalanobis(), Nearest()),
+            "relative mahalanobis": RelativeMahalanobis(LayerGaussians.fit(background_NSD)),
+            "relative nearest": RelativeNearest(background_NSD),
+        }
+        asked = benign.test | {"retain set": list(self.tofu.retained)}
+        far = {name: self.read(features, model, questions) for name, questions in asked.items()}
+        fitted, near = (self.read(features, model, questions) for questions in request)
+        figures: Figures = {}
+        for kind, detector in ((f"{kind}, {layers}", detector) for kind, detector in kinds.items()):
+            near_N = detector.fit(fitted).score(near)
+            scores = {name: detector.score(features_NSD) for name, features_NSD in far.items()}
+            figures |= {f"{kind}: auroc: {name}": auroc(near_N, scores_M) for name, scores_M in scores.items()}
+            known = scores["retained"]
+            figures[f"{kind}: fire at 95 % recall"] = benign_fire_rate_at_forget_recall(near_N, known)
+            figures[f"{kind}: miss at 95 % left alone"] = forget_miss_rate_at_benign(near_N, known)
+        return figures
 
     def read(self, features: HiddenStates, model: Any, questions: Sequence[Question]) -> Tensor:
         """Features of prompts, one row each."""
