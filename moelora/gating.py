@@ -30,6 +30,7 @@ from moelora.call_settings import Settings
 from moelora.classifying import cached_tokens, size_of, spread
 from moelora.hooks import CONVERSATIONS, INPUTS, TOKENS, read_frame
 from moelora.mixture import Mixture, disabled, find_mixture
+from moelora.open_calls import OpenCalls
 from moelora.prefill import Prefill, PrefillGates, Tap, cards, find_taps, prompt_of
 from moelora.routers.gated import Gated
 from moelora.tape import Tape, in_backward
@@ -116,14 +117,13 @@ class _Asked:
         self.running: Decision | None = None
         self.asking = False
         self.thread: int | None = None  # whose call is running
+        self.open = OpenCalls()  # the same, for whether it still runs
         self.claiming = threading.Lock()
 
     # --- the call -------------------------------------------------------------------------------------------------
 
     def free(self) -> None:
-        """Before the model itself begins, which never runs inside itself: forget a call that was interrupted.
-
-        After a KeyboardInterrupt no hook has closed it, and the next call would run inside it, with its gates.
+        """Before the model itself begins, which never runs inside itself: forget a call that has not ended.
 
         Raises:
             ValueError: if another thread's call is running, or the gates are being asked.
@@ -134,8 +134,8 @@ class _Asked:
         if self.asking and self.thread == threading.get_ident():
             return
         self.claim()
-        while mixture.tape.depth:
-            mixture.tape.end()
+        if mixture.tape.depth:
+            mixture.tape.forget()
         self.forget()
 
     def begin(self, values: Mapping[str, Any]) -> Settings | None:
@@ -225,6 +225,8 @@ class _Asked:
         if self.prefill is not None:
             self.prefill.close()
         self.prefill = self.running = self.thread = None
+        self.asking = False
+        self.open.clear()
 
     def is_ours(self) -> bool:
         """Whether a call that ends on this thread is the one that has begun, and none that was refused."""
@@ -237,7 +239,11 @@ class _Asked:
             ValueError: if another thread's has not ended.
         """
         with self.claiming:
-            if self.thread not in (None, threading.get_ident()):
+            if self.open.interrupted:
+                self.forget()
+            if self.thread is None:
+                self.open.begin()
+            elif self.thread != threading.get_ident():
                 raise ValueError(
                     "another thread's call of this model has not ended, and two at once would share their gates; "
                     "let one wait for the other (a threading.Lock around each call), or give each thread its own copy"

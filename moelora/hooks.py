@@ -111,6 +111,7 @@ class RootHooks(StackHooks):
     def begin(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.tape.gates is not None:
             self.tape.gates.free()
+        self.tape.restart()
         outermost, given = self.tape.depth == 0, None
         if outermost:
             self.balance()

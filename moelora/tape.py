@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moelora.call_settings import GivenIds, Settings
 from moelora.latch import Turn
+from moelora.open_calls import OpenCalls
 from moelora.routing import Routing
 
 CALLS_BEFORE_BACKWARD = 16
@@ -85,6 +86,7 @@ class Tape:
     _turn: Turn | None = None  # the call as a part of its conversation, likewise
     _number: int = 0  # of the call; compiled code does not count, or it would be compiled for each number
     _frames: list[Frame] = field(default_factory=list)
+    _open: OpenCalls = field(default_factory=OpenCalls)  # of these frames, those that compiled code did not begin
     _backward: list[Call] = field(default_factory=list)  # calls that the running backward pass goes through
     _task: int = -1  # autograd's number of that pass
     _collecting: bool = False
@@ -114,7 +116,7 @@ class Tape:
             given: ids that came with the call itself, in place of those in `settings`.
             settings: what the call has to do, where that is for gates to say, in place of the tape's settings.
         """
-        if not self._frames and not in_backward():
+        if self.depth == 0 and not in_backward():
             self._call = self.settings if settings is None else settings
             if given is not None:
                 self._call = replace(self._call, given=given)
@@ -127,6 +129,8 @@ class Tape:
             self._shared.clear()
             self._handed.clear()
             self.records.clear()
+        if not torch.compiler.is_compiling():
+            self._open.begin()
         self._frames.append(frame)
 
     def end(self) -> None:
@@ -135,10 +139,27 @@ class Tape:
             # a call that was refused before it began
             return
         self._frames.pop()
+        if not torch.compiler.is_compiling():
+            self._open.end()
         if not self._frames:
             self._turn = None
             self._shared.clear()
             self._handed.clear()
+
+    def restart(self) -> None:
+        """The model itself begins, which never runs inside itself: what nobody knows to be running has ended."""
+        if self._frames and (torch.compiler.is_compiling() or not self._open.known):
+            self.forget()
+
+    def forget(self) -> None:
+        """Close a call that nothing else has closed, however deep it was, and keep nothing of it."""
+        self._frames.clear()
+        self._turn = self._prompt_BL = None
+        self._shared.clear()
+        self._handed.clear()
+        self.records.clear()
+        # last: until then a second interruption leaves it to be closed again
+        self._open.clear()
 
     def open_conversation(self, prompt_BL: Bool[Tensor, "B L"], turn: Turn) -> None:
         """Tell those who decide by prompts which tokens of the running call are prompt, and what came before it."""
@@ -160,13 +181,15 @@ class Tape:
 
     @property
     def depth(self) -> int:
-        """How many stacks are running, one inside the other."""
+        """How many stacks are running, one inside the other; those that were interrupted are not."""
+        if not torch.compiler.is_compiling() and self._open.interrupted:
+            self.forget()
         return len(self._frames)
 
     @property
     def current(self) -> Settings:
         """What a layer that runs now has to do: the call's settings within it and in its backward pass."""
-        if self._frames:
+        if self.depth:
             return self._call
         return self.second_pass().settings if in_backward() else self.settings
 

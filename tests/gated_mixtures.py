@@ -118,3 +118,8 @@ def stop(error):
         raise error
 
     return raise_it
+
+
+def hooks(model):
+    """Every forward hook there is."""
+    return [hook for module in model.modules() for hook in module._forward_hooks.values()]

@@ -65,7 +65,7 @@ def run(script: str) -> None:
     root = str(Path(__file__).parents[1])
     environment = os.environ | {
         "JAXTYPING_DISABLE": "1",
-        "PYTHONPATH": root,
+        "PYTHONPATH": os.pathsep.join((root, str(Path(__file__).parent))),
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "0",
     }
@@ -192,6 +192,45 @@ def test_a_compiled_training_step_takes_the_model_in():
             if turn == 1:
                 known = graphs()
         assert graphs() == known, (graphs(), known)
+        """
+    )
+
+
+def test_an_interrupted_call_is_over_for_compiled_code():
+    """Compiled code takes the whole model for a new call, whatever was left open; gates are refused as ever."""
+    run(
+        """
+        from gated_mixtures import BOTH, Told, patched as gated, stop
+
+        def interrupt(model, inputs):
+            hook = model.model.layers[0].mlp.register_forward_hook(stop(KeyboardInterrupt()))
+            try:
+                model(**inputs)
+            except KeyboardInterrupt as error:
+                sys.last_value = error
+            hook.remove()
+
+        model = patched().eval()
+        inputs = tiny.inputs(model)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            for _ in range(2):
+                with moelora.disabled(model):
+                    interrupt(model, inputs)
+                torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
+        assert graphs() == 1, graphs()
+
+        model = gated()
+        moelora.set_gates(model, Told(BOTH))
+        with torch.no_grad():
+            interrupt(model, inputs)
+            try:
+                torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)
+            except Exception as error:
+                assert "gates are asked outside of compiled code" in str(error), error
+            else:
+                raise AssertionError("the gates were not asked")
         """
     )
 

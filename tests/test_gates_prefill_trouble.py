@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from gated_mixtures import BOTH, CLOSED, Told, call, patched, same_bits, stop, tensors
+from gated_mixtures import BOTH, CLOSED, Told, call, hooks, patched, same_bits, stop, tensors
 from generating import PLAIN, cache_name, encoder_inputs, prompt
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
@@ -26,11 +26,6 @@ CACHES = {
 def model():
     """A mixture whose gates each test sets."""
     return patched()
-
-
-def hooks(model):
-    """Every forward hook there is."""
-    return [hook for module in model.modules() for hook in module._forward_hooks.values()]
 
 
 # --- who is asked instead ---------------------------------------------------------------------------------------------
