@@ -130,6 +130,8 @@ def measure_prefill(session: Session, models: dict[str, Any], ids_BL: Tensor) ->
 
 def measure_decoding(session: Session, case: str, models: dict[str, Any], ids_BL: Tensor) -> None:
     """One token: eagerly and in graphs, or compiled."""
+    # what another case has compiled of the same models would serve them again
+    torch.compiler.reset()
     decoders, failures = {}, {}
     for provider, model in models.items():
         # the base again would be compiled again
