@@ -113,7 +113,8 @@ def request_lines(table: Table) -> Iterator[str]:
     yield (
         f"\nGates, in %. Promised is a miss rate of {100 * MAX_MISS:g} for each request and a fire rate of all "
         "gates on text like the calibration's, each with 95 % confidence. A miss is a test query whose own expert "
-        "is less than half open, a fire a benign query for which a gate is not closed.\n"
+        "is less than half open, a fire a benign query for which a gate is not closed. The promised fire rate, and how "
+        "many layers gates read, were set with figures like these in view.\n"
     )
     fires = [f"fire, {versus}" for versus in VERSUS]
     yield from _head("row", f"miss ({', '.join(REQUESTS)})", "certified miss", *fires, "certified fire")
