@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from moelora.continual.certificate import Certificate as Certificate
     from moelora.continual.continual_stack import ContinualStack as ContinualStack
     from moelora.continual.continual_stack import Task as Task
+    from moelora.continual.detectors import LayerGaussians as LayerGaussians
     from moelora.continual.detectors import Mahalanobis as Mahalanobis
     from moelora.continual.detectors import Nearest as Nearest
     from moelora.continual.detectors import RelativeMahalanobis as RelativeMahalanobis
@@ -43,6 +44,7 @@ _HOMES = {
     "Gate": "gate",
     "GradientAscent": "objectives",
     "HiddenStates": "features",
+    "LayerGaussians": "detectors",
     "Mahalanobis": "detectors",
     "NPO": "objectives",
     "Nearest": "detectors",
