@@ -3,6 +3,7 @@
 python -m benchmarks.unlearning encoder --model FOLDER --clinc FOLDER --banking FOLDER
 python -m benchmarks.unlearning tofu --help
 python -m benchmarks.unlearning learning --help
+python -m benchmarks.unlearning cost --model FOLDER
 python -m benchmarks.unlearning report
 """
 
@@ -13,6 +14,7 @@ COMMANDS = {
     "encoder": "benchmarks.unlearning.encoder",
     "tofu": "benchmarks.unlearning.tofu",
     "learning": "benchmarks.unlearning.learning",
+    "cost": "benchmarks.unlearning.cost",
     "report": "benchmarks.unlearning.report",
 }
 
