@@ -1,7 +1,7 @@
 """What a patched model costs: a Llama of 1.1 B parameters with moelora on q, k, v and o, beside PEFT.
 
     python -m benchmarks.gpu.model                          # prefill, training step, decoded token
-    python -m benchmarks.gpu.model --cases compiled unguarded   # decoded token under torch.compile: minutes
+    python -m benchmarks.gpu.model --cases compiled         # decoded token under torch.compile: minutes of compiling
     python -m benchmarks.gpu.model --model ID_OR_FOLDER     # pretrained weights instead of random ones
 
 bf16, 8 experts of rank 16, 2 active, 4 x 1024 tokens.
@@ -12,8 +12,7 @@ bf16, 8 experts of rank 16, 2 active, 4 x 1024 tokens.
 - "prefill": without gradients or cache, logits of the last position, as generation begins; experts are frozen (bf16).
 - "decode": one token behind 128 in a static cache of 512, batch 1, frozen experts. "graph" is a CUDA graph of the
   model's own kernels, captured by hand, in the same way for all; "compiled" is
-  `torch.compile(mode="reduce-overhead", fullgraph=True)`; "unguarded" is the same without guards on modules
-  (`torch.compiler.skip_guard_on_all_nn_modules_unsafe`), for models that are not changed any more.
+  `torch.compile(mode="reduce-overhead", fullgraph=True)`.
 
 "eager" includes what the host needs to launch; "graph" is the device's time alone.
 """
@@ -33,18 +32,7 @@ from benchmarks.gpu.providers import ARROW, BASE, BASE_AGAIN, MOELORA, PEFT, SHA
 from benchmarks.gpu.results import TIME
 from benchmarks.gpu.timing import Failure, attempt, attempt_graph
 
-CASES = ("train", "prefill", "decode", "compiled", "unguarded")
-COMPILED: dict[str, dict[str, Any]] = {
-    "compiled": {"mode": "reduce-overhead"},
-    "unguarded": {
-        "options": {
-            "triton.cudagraphs": True,
-            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-        }
-    },
-}
-"""Arguments of torch.compile by case."""
-
+CASES = ("train", "prefill", "decode", "compiled")
 PROMPT, CACHE = 128, 512
 
 TRAINED = (BASE, PEFT, SHARED, MOELORA, BASE_AGAIN)
@@ -80,13 +68,13 @@ def step_of(model: Any, ids_BL: Tensor) -> Callable[[], object]:
     return run
 
 
-def decoder_of(model: Any, ids_BL: Tensor, *, case: str) -> Decoder:
+def decoder_of(model: Any, ids_BL: Tensor, *, compiled: bool) -> Decoder:
     """One token behind a prompt in a static cache; every step writes one more position, until the cache is rewound."""
     cache: Any = StaticCache(config=model.config, max_cache_len=CACHE)
     with torch.no_grad():
         model.eval()(input_ids=ids_BL[:1, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
     token_BL = ids_BL[:1, :1].clone()
-    called = torch.compile(model, fullgraph=True, **COMPILED[case]) if case in COMPILED else model
+    called = torch.compile(model, mode="reduce-overhead", fullgraph=True) if compiled else model
 
     def step() -> None:
         with torch.no_grad():
@@ -130,22 +118,20 @@ def measure_prefill(session: Session, models: dict[str, Any], ids_BL: Tensor) ->
 
 def measure_decoding(session: Session, case: str, models: dict[str, Any], ids_BL: Tensor) -> None:
     """One token: eagerly and in graphs, or compiled."""
-    # what another case has compiled of the same models would serve them again
-    torch.compiler.reset()
     decoders, failures = {}, {}
     for provider, model in models.items():
         # the base again would be compiled again
-        if provider != ARROW and not (case in COMPILED and provider == BASE_AGAIN):
+        if provider != ARROW and (case, provider) != ("compiled", BASE_AGAIN):
             model.set_attn_implementation("sdpa")
-            decoder = attempt(partial(decoder_of, model, ids_BL, case=case))
+            decoder = attempt(partial(decoder_of, model, ids_BL, compiled=case == "compiled"))
             if isinstance(decoder, Failure):
                 failures[provider] = decoder
             else:
                 decoders[provider] = decoder
     before = {provider: decoder.rewind for provider, decoder in decoders.items()}
     steps = {provider: decoder.step for provider, decoder in decoders.items()}
-    if case in COMPILED:
-        session.measure("decode", case, steps | failures, before)
+    if case == "compiled":
+        session.measure("decode", "compiled", steps | failures, before)
     else:
         session.measure("decode", "eager", steps | failures, before)
         graphs = {provider: attempt_graph(step, session.device) for provider, step in steps.items()}
@@ -155,7 +141,7 @@ def measure_decoding(session: Session, case: str, models: dict[str, Any], ids_BL
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the cases, print a table and save it."""
     parser = parser_of("model", __doc__, CASES, rounds=15)
-    parser.set_defaults(cases=[case for case in CASES if case not in COMPILED])
+    parser.set_defaults(cases=[case for case in CASES if case != "compiled"])
     parser.add_argument("--model", help="id or folder of pretrained weights")
     parser.add_argument("--layers", type=int, default=22, help="of the random Llama")
     options = parser.parse_args(arguments)
@@ -189,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "prefill" in options.cases:
         with session.case("prefill"):
             measure_prefill(session, models, ids_BL)
-    for case in (case for case in ("decode", *COMPILED) if case in options.cases):
+    for case in (case for case in ("decode", "compiled") if case in options.cases):
         with session.case(case):
             measure_decoding(session, case, models, ids_BL)
     session.close()
