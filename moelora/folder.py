@@ -7,6 +7,7 @@ experts/000/ ...        experts as plain PEFT folders, where they are included
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import moelora
 from moelora.bank import Expert
 from moelora.config import SCHEMA_VERSION
+from moelora.integrations.adapter_file import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from moelora.integrations.adapter_file import WEIGHTS_NAME
 from moelora.integrations.peft_folder import adapter_tensors, write_adapter
 from moelora.layer import MoELoRALinear
@@ -28,6 +30,9 @@ from moelora.mixture import Mixture
 TENSORS_NAME = "routers.safetensors"
 CHECKPOINT_NAME = "model.safetensors"
 """Where Trainer looks for the weights of a checkpoint that it resumes from."""
+
+PLACE = re.compile(r"experts/[0-9]{3,}")
+"""Where an included expert is, and nothing beyond the folder."""
 
 
 def write_mixture(
@@ -43,7 +48,7 @@ def write_mixture(
     Args:
         root: the patched model.
         mixture: of that model.
-        folder: made if it does not exist. A mixture that lies there is replaced.
+        folder: made if it does not exist. A mixture that lies there is replaced, with its experts.
         include_experts: whether all experts are included.
         reloadable: kinds of sources that whoever loads the mixture can read from.
 
@@ -86,6 +91,7 @@ def write_mixture(
 
     # the manifest goes first and comes last, so that a folder with a manifest is a whole one
     folder.mkdir(parents=True, exist_ok=True)
+    earlier = _places_in(folder)
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     for entry in entries:
         if entry["folder"] is not None:
@@ -98,6 +104,7 @@ def write_mixture(
             )
             with open(place / WEIGHTS_NAME, "rb") as file:
                 entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    _remove_experts(folder, earlier - set(included))
     save_file(tensors, folder / TENSORS_NAME, metadata={"format": "pt"})
     manifest = {
         "schema_version": list(SCHEMA_VERSION),
@@ -226,3 +233,22 @@ def check_whole(tensors: Mapping[str, Tensor]) -> None:
 def parts_of(mixture: Mixture, index: int) -> dict[str, Expert]:
     """One expert's factors at every site."""
     return {path: layer.bank.expert(index) for path, layer in mixture.layers.items()}
+
+
+def _places_in(folder: Path) -> set[str]:
+    """Where the mixture that lies in a folder has its experts; none, if there is no manifest that can be read."""
+    try:
+        manifest = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        named = {str(entry["folder"]) for entry in manifest["experts"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+    return {place for place in named if PLACE.fullmatch(place)}
+
+
+def _remove_experts(folder: Path, places: Collection[str]) -> None:
+    """Experts of an earlier save may have been taken out for a reason, and are not left lying about."""
+    for place in (folder / name for name in sorted(places)):
+        for name in (ADAPTER_CONFIG_NAME, WEIGHTS_NAME):
+            (place / name).unlink(missing_ok=True)
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()

@@ -160,6 +160,56 @@ def test_a_saved_mixture_can_be_saved_over_itself(tmp_path):
     assert files_of(tmp_path / "mix") == before
 
 
+def test_a_save_leaves_no_expert_of_an_earlier_one(tmp_path):
+    """One that was taken out is gone from the folder; what no mixture has written stays, whatever a manifest says."""
+    model = tiny.model("llama")
+    moelora.patch_model(model, num_experts=4, rank=2)
+    folder = tmp_path / "saved"
+    moelora.save(model, folder)
+    for place in ("mine", "experts/007", "experts/002"):
+        (folder / place).mkdir(exist_ok=True)
+        (folder / place / "notes.txt").write_text("mine")
+    write_adapter_files(tmp_path / "beside")
+    manifest = json.loads((folder / "moelora_config.json").read_text())
+    manifest["experts"] += [{"folder": "../beside"}, {"folder": "mine"}, {"folder": None}]
+    (folder / "moelora_config.json").write_text(json.dumps(manifest))
+    for name in moelora.expert_names(model)[2:]:
+        moelora.remove_expert(model, name)
+
+    moelora.save(model, folder)
+
+    assert sorted(name for name in files_of(folder) if "/" in name) == [
+        "experts/000/adapter_config.json",
+        "experts/000/adapter_model.safetensors",
+        "experts/001/adapter_config.json",
+        "experts/001/adapter_model.safetensors",
+        "experts/002/notes.txt",
+        "experts/007/notes.txt",
+        "mine/notes.txt",
+    ]
+    assert set(files_of(tmp_path / "beside")) == {"adapter_config.json", "adapter_model.safetensors"}
+    again = tiny.model("llama")
+    moelora.load(again, folder)
+    assert torch.equal(output_of(again), output_of(model))
+
+
+def test_a_damaged_manifest_does_not_stop_a_save(tmp_path):
+    """It is replaced."""
+    model = tiny.model("llama")
+    moelora.patch_model(model, num_experts=2, rank=2)
+    for text in ("", "[]", "{}", '{"experts": 3}', '{"experts": [1]}', '{"experts": [{}]}'):
+        (tmp_path / "moelora_config.json").write_text(text)
+        moelora.save(model, tmp_path)
+        moelora.load(tiny.model("llama"), tmp_path)
+
+
+def write_adapter_files(folder: Path) -> None:
+    """Two files with the names of an adapter's."""
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text("mine")
+
+
 def test_included_experts_need_no_source_and_tell_no_path(tmp_path):
     """The folder can be moved to another machine, and says nothing of this one."""
     experts = adapters("gpt2", tmp_path / "secret-home")

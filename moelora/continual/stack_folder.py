@@ -34,8 +34,6 @@ from moelora.continual.stack_manifest import (
 from moelora.continual.stack_state import manifest_of, refuse_features
 from moelora.continual.unlearning_stack import Request, UnlearningStack
 from moelora.folder import check_whole, write_mixture
-from moelora.integrations.adapter_file import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from moelora.integrations.adapter_file import WEIGHTS_NAME
 from moelora.integrations.hub import upload_folder
 from moelora.lifecycle import set_trainable
 from moelora.manifest import Manifest, read_manifest
@@ -69,7 +67,6 @@ def save_stack(stack: Stack, folder: Path, *, include_features: bool = False) ->
     # the digests tell a stack.json that was left behind by a save that did not end
     root, mixture = find_mixture(stack.model)
     write_mixture(root, mixture, folder, include_experts=True)
-    _remove_other_experts(folder, len(manifest.entries))
     save_file(tensors, folder / STACK_TENSORS_NAME, metadata={"format": "pt"})
     versions = {"schema_version": list(STACK_SCHEMA_VERSION), "moelora_version": moelora.__version__}
     digests = {name: digest_of(folder / name) for name in BOUND}
@@ -166,16 +163,6 @@ def push_stack(
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
-
-
-def _remove_other_experts(folder: Path, kept: int) -> None:
-    """A revoked expert of an earlier save is not left lying beside the others."""
-    for place in (folder / "experts").iterdir():
-        if place.name.isdecimal() and int(place.name) >= kept:
-            for name in (ADAPTER_CONFIG_NAME, WEIGHTS_NAME):
-                (place / name).unlink(missing_ok=True)
-            if not any(place.iterdir()):
-                place.rmdir()
 
 
 def _tried(saved: StackManifest, model: nn.Module) -> list[StackEntry]:

@@ -1,6 +1,7 @@
 """One Gaussian for each layer, with a covariance that few rows are enough for. Begin with LayerGaussians.fit."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
@@ -102,18 +103,26 @@ class LayerGaussians:
     def distances(self, features_BSD: Float[Tensor, "B S D"]) -> Float[Tensor, "B S"]:
         """(z - mu)^T Sigma^-1 (z - mu) of the unit-length features z, per layer, in fp64.
 
-        By Woodbury's identity in the basis V: with z - mu = V^T c + r, it is sum_k c_k^2 / variance_k + |r|^2 /
-        remainder. Mahalanobis++, Mueller and Hein (2025), https://arxiv.org/abs/2505.18032, for one class.
+        By Woodbury's identity in the basis V: with c = V (z - mu) and r the rest, it is sum_k c_k^2 / variance_k +
+        |r|^2 / remainder, and |r|^2 = |z - mu|^2 - |c|^2. Mahalanobis++, Mueller and Hein (2025),
+        https://arxiv.org/abs/2505.18032, for one class.
         """
-        columns = []
-        for layer in range(features_BSD.shape[1]):
-            centred_BD = unit_length(features_BSD[:, layer]) - self.mean_SD[layer].double()
-            directions_RD = self.directions_SRD[layer].double()
-            along_BR = centred_BD @ directions_RD.mT
-            rest_BD = centred_BD - along_BR @ directions_RD
-            inside_B = (along_BR.square() / self.variance_SR[layer].double()).sum(-1)
-            columns.append(inside_B + rest_BD.square().sum(-1) / self.remainder_S[layer].double())
-        return torch.stack(columns, dim=-1)
+        mean_SD, inside_SR1, outside_S = self._exact
+        centred_BSD = unit_length(features_BSD) - mean_SD
+        along_SBR = torch.bmm(centred_BSD.transpose(0, 1), self.directions_SRD.double().mT)
+        inside_SB = torch.bmm(along_SBR.square(), inside_SR1)[:, :, 0]
+        return inside_SB.mT + centred_BSD.square().sum(-1) * outside_S
+
+    @cached_property
+    def _exact(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In fp64: the mean, by how much each direction's precision differs from that outside of all, the latter.
+
+        A whole basis has nothing outside: |z - mu|^2 and |c|^2 differ there by the rounding of V alone, which the
+        greatest precision would blow up.
+        """
+        inside_SR, outside_S = 1 / self.variance_SR.double(), 1 / self.remainder_S.double()
+        outside_S = outside_S * (self.directions_SRD.shape[1] < self.directions_SRD.shape[2])
+        return self.mean_SD.double(), (inside_SR - outside_S[:, None])[:, :, None], outside_S
 
 
 def unit_length(features_BD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
