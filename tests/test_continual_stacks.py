@@ -171,6 +171,26 @@ def test_the_certificate_speaks_of_all_requests(forgetful):
     assert stack.requests[0].overlap == 0 < stack.requests[1].overlap < 1
 
 
+def test_an_interrupted_call_does_not_take_a_request_off_its_prompts(forgetful):
+    """Ctrl-C in a part of the model that is called alone: the next call of it does what it did before."""
+    stack, base = forgetful
+    batch, part = prompts(FORGET), stack.model.model
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        before_BLD = part(**batch).last_hidden_state
+        handle = part.layers[0].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            part(**batch)
+        handle.remove()
+        after_BLD = part(**batch).last_hidden_state
+        bare_BLD = base.model(**batch).last_hidden_state
+    assert torch.equal(before_BLD, after_BLD)
+    assert not torch.equal(after_BLD, bare_BLD)
+
+
 def test_a_threshold_stays_while_the_rate_of_all_allows_it():
     """What an earlier request was promised and given is not taken away by a later one that has room of its own."""
     stack = UnlearningStack(tiny.model("llama").eval(), rank=2)
