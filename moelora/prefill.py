@@ -91,29 +91,36 @@ def prompt_of(values: Mapping[str, Any], mask_BL: Any, window: int) -> Prompt | 
         # a label for each token: answers are in the text, and the gates' own function may want to leave them out
         return None
     mask, position_BL = values.get("attention_mask"), values.get("position_ids")
-    if mask is None and position_BL is None:
-        return Prompt(ids_BL, None) if ids_BL.shape[1] <= window else None
-    # `generate` hands on a mask of attention for static caches; anybody else's may be of any form
-    plain = mask is None or (isinstance(mask, Tensor) and mask.shape == ids_BL.shape)
+    length = ids_BL.shape[1]
+    if position_BL is not None:
+        if not isinstance(position_BL, Tensor) or position_BL.ndim != 2 or position_BL.shape[1] != length:
+            return None
+        position_BL = position_BL.to(ids_BL.device)
+
+    # `generate` hands on no mask without padding, and one of attention for static caches; anybody else's may be of any
+    # form. A look at a value waits for the device, so there is one for each call
+    if mask is None:
+        stands = length <= window and (position_BL is None or bool((position_BL == numbers_of(ids_BL)).all()))
+        return Prompt(ids_BL, None) if stands else None
+    plain = isinstance(mask, Tensor) and mask.shape == ids_BL.shape
     if not plain and not any(getattr(values.get(name), "is_compileable", False) for name in CONVERSATIONS):
+        return None
+    if not isinstance(mask_BL, Tensor) or mask_BL.shape != ids_BL.shape:
         return None
 
     # where each token stands, if padding is left out
-    mask_BL = torch.ones_like(ids_BL) if mask is None else mask_BL
-    if not isinstance(mask_BL, Tensor) or mask_BL.shape != ids_BL.shape:
-        return None
-    valid_BL = mask_BL != 0
-    place_BL, count_B = valid_BL.cumsum(1) - 1, valid_BL.sum(1)
-    if position_BL is None:
-        position_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
-    if not isinstance(position_BL, Tensor) or position_BL.ndim != 2 or position_BL.shape[1] != ids_BL.shape[1]:
-        return None
-    stands_BL = (position_BL.to(place_BL.device) == place_BL) | ~valid_BL
-    fits = stands_BL.all() & (count_B >= 1).all() & (count_B <= window).all()
-
-    # both at once: a look at a value waits for the device
+    valid_BL = mask_BL.to(ids_BL.device) != 0
+    place_BL = valid_BL.cumsum(1) - 1
+    position_BL = numbers_of(ids_BL) if position_BL is None else position_BL
+    stands_BL = (position_BL == place_BL) | ~valid_BL
+    fits = stands_BL.all() & (place_BL[:, -1] >= 0).all() & (place_BL[:, -1] < window).all()
     fits, full = torch.stack([fits, valid_BL.all()]).tolist()
     return Prompt(ids_BL, None if full else valid_BL) if fits else None
+
+
+def numbers_of(ids_BL: Int[Tensor, "B L"]) -> Int[Tensor, "1 L"]:
+    """Of a row's tokens, from 0."""
+    return torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
 
 
 class Tap(NamedTuple):

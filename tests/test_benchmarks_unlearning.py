@@ -238,7 +238,7 @@ def test_a_constant_score_has_no_interval():
 
 
 def test_all_detectors_are_measured_against_all_inputs(host, roles):
-    """Each row has three figures for each request and kind of input, and what it is chosen by; sums are the package's."""
+    """Each row has three figures for each request and kind of input, and what it is chosen by; sums are sums."""
     rows = dict(detection.requests(host.remembered, roles, host.head, host.corpus))
 
     assert {len(figures) for figures in rows.values()} == {30}

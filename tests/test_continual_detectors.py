@@ -107,6 +107,26 @@ def test_the_distance_is_that_of_the_dense_inverse(seed, rows):
     torch.testing.assert_close(gaussians.distances(ask_BSD)[:, 0], expected_B, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [120, 350, 500])
+def test_what_lies_outside_the_directions_is_not_lost_to_rounding(rows):
+    """As by a second product with V, for rows that were fitted too, which have next to nothing outside.
+
+    A few dimensions are much the strongest, as in hidden states: V is close to the axes, and its rounding is greatest.
+    """
+    generator, width = torch.Generator().manual_seed(0), 384
+    scale_D, mean_D = 1 / (1 + torch.arange(width)), torch.randn(width, generator=generator) / 2
+    draw_NSD = torch.randn(rows + 50, 1, width, generator=generator) * scale_D + mean_D
+    gaussians = LayerGaussians.fit(draw_NSD[:rows])
+
+    centred_BD = torch.nn.functional.normalize(draw_NSD[-100:, 0].double(), dim=-1) - gaussians.mean_SD[0].double()
+    directions_RD = gaussians.directions_SRD[0].double()
+    along_BR = centred_BD @ directions_RD.mT
+    rest_B = (centred_BD - along_BR @ directions_RD).square().sum(-1)
+    expected_B = along_BR.square() @ (1 / gaussians.variance_SR[0].double()) + rest_B / gaussians.remainder_S.double()
+
+    torch.testing.assert_close(gaussians.distances(draw_NSD[-100:])[:, 0], expected_B, rtol=5e-6, atol=0)
+
+
 def test_length_changes_nothing():
     """Features are taken at unit length, whatever they come as."""
     fit_NSD, ask_BSD = unit((30, 2, 12)), unit((5, 2, 12), 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.origin import read_rows
-from benchmarks.unlearning import encoder_report, tofu_report
+from benchmarks.unlearning import cost_report, encoder_report, tofu_report
 from benchmarks.unlearning.results import FOLDER
 from moelora.metrics import seeds_interval
 
@@ -40,6 +40,8 @@ def lines_of(folder: Path) -> Iterator[str]:
     if tofu := read_rows(folder / "tofu.csv"):
         yield "\n## TOFU on a causal model\n"
         yield tofu_report.table(tofu)
+    if cost := read_rows(folder / "cost.csv"):
+        yield from cost_report.lines_of(cost)
 
 
 def learning_lines(rows: Sequence[dict[str, str]]) -> Iterator[str]:

@@ -98,8 +98,8 @@ def table(rows: Iterable[Mapping[str, str]]) -> str:
         _lines(figures, KEEPING, {name: (name, REQUESTS) for name in methods}),
         "### Gates",
         "A miss is a question to be forgotten whose weight is below one half; fire is a benign one whose weight is not "
-        "exactly 0. Ours promise a miss rate of 10 %; this, and which layers they read, were set with figures like these "
-        "in view. O3's are as published.",
+        "exactly 0. Ours promise a miss rate of 10 %; this, and which layers they read, were set with figures like "
+        "these in view. O3's are as published.",
         _lines(figures, GATES, {name: (name, REQUESTS) for name in gated}),
         "### Promises",
         "After each request, of its own gate. A promise not kept (0) was given up when the gate was calibrated, as "

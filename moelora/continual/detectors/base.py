@@ -18,7 +18,7 @@ from moelora.continual.detectors.parts import moved, tensors_of
 
 This = TypeVar("This", bound="Detector")
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 256
 """How many rows are scored at a time: in fp64 they need several times the memory of their features."""
 
 
@@ -170,8 +170,9 @@ def check_features(features_NSD: Tensor) -> None:
             f"features must be floating-point numbers of shape (rows, layers, width), got {features_NSD.dtype} "
             f"{tuple(features_NSD.shape)}"
         )
-    finite_N = features_NSD.isfinite().flatten(1).all(1)
-    if not finite_N.all():
+    finite_NSD = features_NSD.isfinite()
+    if not finite_NSD.all():
+        finite_N = finite_NSD.flatten(1).all(1)
         bad = (~finite_N).nonzero()[:, 0].tolist()
         raise ValueError(
             f"features of {len(bad)} of {len(finite_N)} rows are NaN or infinite, such as rows {bad[:5]}; a distance "

@@ -107,22 +107,25 @@ class LayerGaussians:
         |r|^2 / remainder, and |r|^2 = |z - mu|^2 - |c|^2. Mahalanobis++, Mueller and Hein (2025),
         https://arxiv.org/abs/2505.18032, for one class.
         """
-        mean_SD, inside_SR1, outside_S = self._exact
+        mean_SD, inside_SR, outside_S = self._exact
         centred_BSD = unit_length(features_BSD) - mean_SD
         along_SBR = torch.bmm(centred_BSD.transpose(0, 1), self.directions_SRD.double().mT)
-        inside_SB = torch.bmm(along_SBR.square(), inside_SR1)[:, :, 0]
-        return inside_SB.mT + centred_BSD.square().sum(-1) * outside_S
+        inside_SB1 = torch.bmm(along_SBR.square(), inside_SR[:, :, None])
+        return inside_SB1[:, :, 0].mT + centred_BSD.square().sum(-1) * outside_S
 
     @cached_property
     def _exact(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In fp64: the mean, by how much each direction's precision differs from that outside of all, the latter.
+        """In fp64: the mean, what multiplies each c_k^2, and what multiplies |z - mu|^2.
 
-        A whole basis has nothing outside: |z - mu|^2 and |c|^2 differ there by the rounding of V alone, which the
-        greatest precision would blow up.
+        V is orthonormal but for its rounding to fp32, which a small rest does not bear: with V V^T next to the identity
+        it is |r|^2 = |z - mu|^2 - 2 |c|^2 + c^T V V^T c, and the diagonal of V V^T is taken as it is. Of a whole basis
+        there is no rest.
         """
-        inside_SR, outside_S = 1 / self.variance_SR.double(), 1 / self.remainder_S.double()
-        outside_S = outside_S * (self.directions_SRD.shape[1] < self.directions_SRD.shape[2])
-        return self.mean_SD.double(), (inside_SR - outside_S[:, None])[:, :, None], outside_S
+        rank, width = self.directions_SRD.shape[1:]
+        outside_S = 1 / self.remainder_S.double() if rank < width else torch.zeros_like(self.remainder_S.double())
+        length_SR = torch.linalg.vector_norm(self.directions_SRD, dim=-1, dtype=torch.float64)
+        inside_SR = 1 / self.variance_SR.double() - outside_S[:, None] * (2 - length_SR.square())
+        return self.mean_SD.double(), inside_SR, outside_S
 
 
 def unit_length(features_BD: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
